@@ -1,0 +1,306 @@
+// The frozen linear layer: how the work is cut into blocks and shared by threads. docs/kernels.md derives the sizes.
+#include "linear.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "dispatch.h"
+#include "few.h"
+#include "scratch.h"
+#include "threads.h"
+
+namespace lt {
+
+LT_DECLARE_TABLES(LinearTable, linear)
+LT_DECLARE_TABLES(FewTable, few)
+
+namespace {
+
+// Rows of activations packed together: 640 rows of 320 floats are 800 KB, read from the second- or third-level cache.
+constexpr std::int64_t kMostRows = 640;
+
+struct SliverScratch {};
+struct LowScratch {};
+struct FactorScratch {};
+struct PanelScratch {};
+struct LowPanelScratch {};
+struct TileScratch {};
+
+std::int64_t up(std::int64_t n, std::int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// The length of equal pieces, multiples of `unit`, no longer than `most`.
+std::int64_t piece(std::int64_t n, std::int64_t most, std::int64_t unit) {
+  const std::int64_t pieces = (n + most - 1) / most;
+  return std::min(most, up((n + pieces - 1) / pieces, unit));
+}
+
+lt_matrix dense(const float* data, std::int64_t rows, std::int64_t cols) {
+  lt_matrix m{};
+  m.kind = LT_F32;
+  m.rows = rows;
+  m.cols = cols;
+  m.data = data;
+  return m;
+}
+
+// A block of activations, packed: `rows` rows in slivers.
+struct Packed {
+  const LinearTable& kernels;
+  std::int64_t rows;
+  float* slivers;
+
+  std::int64_t count() const { return (rows + kernels.rows - 1) / kernels.rows; }
+  int rows_of(std::int64_t i) const { return int(std::min<std::int64_t>(kernels.rows, rows - i * kernels.rows)); }
+  float* sliver(std::int64_t i, std::int64_t depth) const { return slivers + i * kernels.rows * depth; }
+};
+
+// Which part of which layer's contraction one block covers.
+struct Block {
+  const float* activations;  // (rows, depth), `stride` apart
+  std::int64_t stride, depth;
+  bool first, last;          // block of this layer's contraction
+};
+
+// The low-rank side of one layer during a block: its inner result (rows, rank), and the panel of the factor it comes from.
+struct Low {
+  std::int64_t rank = 0;
+  float scaling = 0;
+  float* inner = nullptr;
+  const float* factor = nullptr;
+  float* slivers = nullptr;  // the inner result packed, once it is complete
+};
+
+// Packs sliver i of the block, adds its share to every layer's inner result and, with the last block, packs that too.
+void pack(const Packed& packed, const Block& block, std::int64_t i, const Low* lows, int count) {
+  const LinearTable& k = packed.kernels;
+  const int rows = packed.rows_of(i);
+  const std::int64_t first_row = i * k.rows;
+  float* sliver = packed.sliver(i, block.depth);
+  k.pack_sliver(block.activations + first_row * block.stride, block.stride, 1, rows, block.depth, 1.0f, sliver);
+  for (const Low* low = lows; low != lows + count; ++low) {
+    if (low->rank == 0) continue;
+    float* inner = low->inner + first_row * low->rank;
+    for (std::int64_t c = 0; c < low->rank; c += k.columns) {
+      const int columns = int(std::min<std::int64_t>(k.columns, low->rank - c));
+      k.tile({sliver, low->factor + c * block.depth, block.depth, nullptr, nullptr, 0, inner + c, low->rank, rows, columns,
+              !block.first, nullptr});
+    }
+    if (block.last) {
+      k.pack_sliver(inner, low->rank, 1, rows, low->rank, low->scaling, low->slivers + first_row * low->rank);
+    }
+  }
+}
+
+// All slivers of the block against panels of `columns` columns, of which the result's columns begin at c.
+void multiply(const Packed& packed, const Block& block, const Low& low, const float* panels, const float* low_panels, float* c,
+              std::int64_t ldc, int columns, bool accumulate, const float* bias) {
+  const LinearTable& k = packed.kernels;
+  const std::int64_t low_depth = block.last ? low.rank : 0;
+  for (int j = 0; j < columns; j += k.columns) {
+    const int here = std::min(k.columns, columns - j);
+    const float* panel = panels + j * block.depth;
+    const float* low_panel = low_depth > 0 ? low_panels + j * low_depth : nullptr;
+    for (std::int64_t i = 0; i < packed.count(); ++i) {
+      const float* low_sliver = low_depth > 0 ? low.slivers + i * k.rows * low_depth : nullptr;
+      k.tile({packed.sliver(i, block.depth), panel, block.depth, low_sliver, low_panel, low_depth, c + i * k.rows * ldc + j, ldc,
+              packed.rows_of(i), here, accumulate, bias == nullptr ? nullptr : bias + j});
+    }
+  }
+}
+
+// Room for each layer's factor panels and packed inner results.
+std::vector<Low> prepare(const lt_linear* parts, int count, std::int64_t rows, std::int64_t depth, const LinearTable& k) {
+  std::int64_t factors = 0, slivers = 0;
+  for (int p = 0; p < count; ++p) {
+    factors += up(parts[p].rank, k.columns) * depth;
+    slivers += parts[p].rank * rows;
+  }
+  float* factor = Scratch<FactorScratch>::get<float>(std::size_t(factors));
+  float* sliver = Scratch<LowScratch>::get<float>(std::size_t(slivers));
+  std::vector<Low> lows(static_cast<std::size_t>(count));
+  for (int p = 0; p < count; ++p) {
+    lows[p].rank = parts[p].rank;
+    lows[p].scaling = parts[p].scaling;
+    lows[p].factor = factor;
+    lows[p].slivers = sliver;
+    factor += up(parts[p].rank, k.columns) * depth;
+    sliver += parts[p].rank * rows;
+  }
+  return lows;
+}
+
+// y_p = x W_p^T + bias_p + s_p (x A_p^T) B_p^T for `rows` rows, u_p = x A_p^T on the way; x is packed once for all.
+void forward_rows(const float* x, std::int64_t first_row, std::int64_t rows, const lt_linear* parts, int count, int threads) {
+  const LinearTable& k = table(linear_tables, tiles_isa());
+  const std::int64_t K = parts[0].matrix->cols, depth = piece(K, k.depth, kPanelGroup);
+  const Packed packed{k, rows, Scratch<SliverScratch>::get<float>(std::size_t(rows * depth))};
+  std::vector<Low> lows = prepare(parts, count, rows, depth, k);
+  std::vector<std::int64_t> first_task(1, 0);
+  for (int p = 0; p < count; ++p) {
+    lows[p].inner = parts[p].rank > 0 ? parts[p].u + first_row * parts[p].rank : nullptr;
+    first_task.push_back(first_task.back() + (parts[p].matrix->rows + k.columns - 1) / k.columns);
+  }
+  for (std::int64_t k0 = 0; k0 < K; k0 += depth) {
+    const std::int64_t here = std::min(depth, K - k0);
+    const Block block{x + first_row * K + k0, K, here, k0 == 0, k0 + here == K};
+    for (int p = 0; p < count; ++p) {
+      const std::int64_t r = parts[p].rank;
+      if (r > 0) k.panels_forward(dense(parts[p].A, r, K), 0, int(r), k0, here, const_cast<float*>(lows[p].factor));
+    }
+    parallel_for(packed.count(), threads, [&](std::int64_t i) { pack(packed, block, i, lows.data(), count); });
+    parallel_for(first_task.back(), threads, [&](std::int64_t task) {
+      const auto p = std::upper_bound(first_task.begin(), first_task.end(), task) - first_task.begin() - 1;
+      const lt_linear& part = parts[p];
+      const std::int64_t N = part.matrix->rows, n0 = (task - first_task[p]) * k.columns;
+      const int columns = int(std::min<std::int64_t>(k.columns, N - n0));
+      float* panel = Scratch<PanelScratch>::get<float>(std::size_t(here * k.columns));
+      float* low_panel = Scratch<LowPanelScratch>::get<float>(std::size_t(part.rank * k.columns));
+      k.panels_forward(*part.matrix, n0, columns, k0, here, panel);
+      if (block.last && part.rank > 0) k.panels_forward(dense(part.B, N, part.rank), n0, columns, 0, part.rank, low_panel);
+      multiply(packed, block, lows[p], panel, low_panel, part.y + first_row * N + n0, N, columns, !block.first,
+               block.first && part.bias != nullptr ? part.bias + n0 : nullptr);
+    });
+  }
+}
+
+// scale * x, (T, features), in blocks of 32 features: [block][T][32], the last one filled up with zeros.
+void pack_few(const float* x, std::int64_t T, std::int64_t features, float scale, float* out) {
+  for (std::int64_t k = 0; k < features; k += kPanelGroup) {
+    for (std::int64_t t = 0; t < T; ++t, out += kPanelGroup) {
+      for (std::int64_t i = 0; i < kPanelGroup; ++i) out[i] = k + i < features ? scale * x[t * features + k + i] : 0.0f;
+    }
+  }
+}
+
+// The same for T <= kFewTokens rows, row by row of W.
+void forward_few(const float* x, std::int64_t T, const lt_linear* parts, int count, int threads) {
+  constexpr std::int64_t kRowsOfTask = 16;
+  const FewTable& k = table(few_tables);
+  const std::int64_t K = parts[0].matrix->cols;
+  float* packed = Scratch<SliverScratch>::get<float>(std::size_t(T * up(K, kPanelGroup)));
+  pack_few(x, T, K, 1.0f, packed);
+  for (int p = 0; p < count; ++p) {
+    const lt_linear& part = parts[p];
+    const std::int64_t N = part.matrix->rows, r = part.rank;
+    float* inner = Scratch<LowScratch>::get<float>(std::size_t(T * up(r, kPanelGroup)));
+    if (r > 0) {
+      const lt_matrix A = dense(part.A, r, K);
+      parallel_for(r, threads, [&](std::int64_t i) { k.multiply({&A, i, 1, packed, T, nullptr, nullptr, 0, nullptr, part.u, r}); });
+      pack_few(part.u, T, r, part.scaling, inner);
+    }
+    parallel_for((N + kRowsOfTask - 1) / kRowsOfTask, threads, [&](std::int64_t task) {
+      const std::int64_t row = task * kRowsOfTask;
+      k.multiply({part.matrix, row, std::min(kRowsOfTask, N - row), packed, T, part.B, inner, r, part.bias, part.y, N});
+    });
+  }
+}
+
+// dx = sum_p dy_p W_p + s_p (dy_p B_p) A_p for `rows` rows, v_p = dy_p B_p on the way.
+void backward_rows(float* dx, std::int64_t first_row, std::int64_t rows, const lt_linear* parts, int count, int threads) {
+  const LinearTable& k = table(linear_tables, tiles_isa());
+  const std::int64_t K = parts[0].matrix->cols, groups = (K + kPanelGroup - 1) / kPanelGroup;
+  std::int64_t longest = 0;
+  for (int p = 0; p < count; ++p) longest = std::max(longest, piece(parts[p].matrix->rows, k.depth, kPanelGroup));
+  const Packed packed{k, rows, Scratch<SliverScratch>::get<float>(std::size_t(rows * longest))};
+  std::vector<Low> lows = prepare(parts, count, rows, longest, k);
+  for (int p = 0; p < count; ++p) {
+    const lt_linear& part = parts[p];
+    const std::int64_t N = part.matrix->rows, r = part.rank, depth = piece(N, k.depth, kPanelGroup);
+    lows[p].inner = r > 0 ? part.v + first_row * r : nullptr;
+    for (std::int64_t n0 = 0; n0 < N; n0 += depth) {
+      const std::int64_t here = std::min(depth, N - n0);
+      const Block block{part.dy + first_row * N + n0, N, here, n0 == 0, n0 + here == N};
+      for (std::int64_t c = 0; c < r; c += kPanelGroup) {
+        const int cols = int(std::min<std::int64_t>(kPanelGroup, r - c));
+        k.panels_backward(dense(part.B, N, r), c, cols, n0, here, const_cast<float*>(lows[p].factor) + c * here);
+      }
+      parallel_for(packed.count(), threads, [&](std::int64_t i) { pack(packed, block, i, &lows[p], 1); });
+      parallel_for(groups, threads, [&](std::int64_t task) {
+        const std::int64_t c0 = task * kPanelGroup;
+        const int columns = int(std::min<std::int64_t>(kPanelGroup, K - c0));
+        float* panels = Scratch<PanelScratch>::get<float>(std::size_t(here * kPanelGroup));
+        float* low_panels = Scratch<LowPanelScratch>::get<float>(std::size_t(r * kPanelGroup));
+        k.panels_backward(*part.matrix, c0, columns, n0, here, panels);
+        if (block.last && r > 0) k.panels_backward(dense(part.A, r, K), c0, columns, 0, r, low_panels);
+        multiply(packed, block, lows[p], panels, low_panels, dx + first_row * K + c0, K, columns, p > 0 || n0 > 0, nullptr);
+      });
+    }
+  }
+}
+
+// out = scale * inner^T x, (rank, C), or turned (C, rank). inner: (T, rank), x: (T, C). One task a group of columns.
+void outer(const float* inner, std::int64_t rank, const float* x, std::int64_t C, std::int64_t T, float scale, float* out,
+           bool turned, int threads) {
+  const LinearTable& k = table(linear_tables, tiles_isa());
+  const Packed packed{k, rank, Scratch<LowScratch>::get<float>(std::size_t(rank * T))};
+  const std::int64_t chunk = piece(T, k.depth, 1);
+  // Slivers of each chunk of T follow one another; those of a chunk lie as `Packed` says.
+  for (std::int64_t t0 = 0; t0 < T; t0 += chunk) {
+    const std::int64_t here = std::min(chunk, T - t0);
+    const Packed block{k, rank, packed.slivers + t0 * rank};
+    for (std::int64_t i = 0; i < block.count(); ++i) {
+      k.pack_sliver(inner + t0 * rank + i * k.rows, 1, rank, block.rows_of(i), here, scale, block.sliver(i, here));
+    }
+  }
+  parallel_for((C + kPanelGroup - 1) / kPanelGroup, threads, [&](std::int64_t task) {
+    const std::int64_t c0 = task * kPanelGroup;
+    const int columns = int(std::min<std::int64_t>(kPanelGroup, C - c0));
+    float* panels = Scratch<PanelScratch>::get<float>(std::size_t(chunk * kPanelGroup));
+    float* sums = Scratch<TileScratch>::get<float>(std::size_t(rank * kPanelGroup));
+    for (std::int64_t t0 = 0; t0 < T; t0 += chunk) {
+      const std::int64_t here = std::min(chunk, T - t0);
+      k.panels_backward(dense(x, T, C), c0, columns, t0, here, panels);
+      const Block block{nullptr, 0, here, t0 == 0, false};
+      multiply({k, rank, packed.slivers + t0 * rank}, block, Low{}, panels, nullptr, sums, kPanelGroup, columns, t0 > 0, nullptr);
+    }
+    for (std::int64_t i = 0; i < rank; ++i) {
+      for (int c = 0; c < columns; ++c) out[turned ? (c0 + c) * rank + i : i * C + c0 + c] = sums[i * kPanelGroup + c];
+    }
+  });
+}
+
+}  // namespace
+}  // namespace lt
+
+// Fills y and u of every part. x: (T, K). All parts have K columns.
+LT_API int lt_linear_forward(const float* x, std::int64_t T, const lt_linear* parts, int count, int threads) {
+  if (x == nullptr || parts == nullptr || count < 1 || T < 0 || threads < 1) return LT_BAD_ARGUMENT;
+  bool turned = false;
+  for (int p = 0; p < count; ++p) turned = turned || parts[p].matrix->transposed;
+  LT_GUARD({
+    if (T <= lt::kFewTokens && !turned) {
+      lt::forward_few(x, T, parts, count, threads);
+      return LT_OK;
+    }
+    const std::int64_t rows = lt::piece(std::max<std::int64_t>(T, 1), lt::kMostRows, 1);
+    for (std::int64_t t = 0; t < T; t += rows) lt::forward_rows(x, t, std::min(rows, T - t), parts, count, threads);
+  })
+}
+
+// dx: (T, K), overwritten; fills v of every part from its dy.
+LT_API int lt_linear_backward_input(float* dx, std::int64_t T, const lt_linear* parts, int count, int threads) {
+  if (dx == nullptr || parts == nullptr || count < 1 || T < 0 || threads < 1) return LT_BAD_ARGUMENT;
+  LT_GUARD({
+    const std::int64_t rows = lt::piece(std::max<std::int64_t>(T, 1), lt::kMostRows, 1);
+    for (std::int64_t t = 0; t < T; t += rows) lt::backward_rows(dx, t, std::min(rows, T - t), parts, count, threads);
+  })
+}
+
+// out = scale * inner^T x, (rank, columns), or turned (columns, rank). inner: (T, rank), x: (T, columns).
+// dA = s v^T x; dB = s dy^T u is the turned one.
+LT_API int lt_outer(const float* inner, std::int64_t rank, const float* x, std::int64_t columns, std::int64_t T, float scale,
+                    float* out, int turned, int threads) {
+  if (inner == nullptr || x == nullptr || out == nullptr || rank < 1 || columns < 1 || T < 0 || threads < 1) return LT_BAD_ARGUMENT;
+  LT_GUARD({ lt::outer(inner, rank, x, columns, T, scale, out, turned != 0, threads); })
+}
+
+// out: (count, cols), the rows ids[i] of the matrix in float32; ids null: rows 0, 1, ...
+LT_API int lt_dequantize_rows(const lt_matrix* m, const std::int64_t* ids, std::int64_t count, float* out, int threads) {
+  if (m == nullptr || out == nullptr || count < 0 || threads < 1 || m->transposed) return LT_BAD_ARGUMENT;
+  for (std::int64_t i = 0; ids != nullptr && i < count; ++i) {
+    if (ids[i] < 0 || ids[i] >= m->rows) return LT_BAD_ARGUMENT;
+  }
+  const lt::LinearTable& k = lt::table(lt::linear_tables);
+  lt::parallel_for(count, threads, [&](std::int64_t i) { k.decode(*m, ids == nullptr ? i : ids[i], 0, m->cols, out + i * m->cols); });
+  return LT_OK;
+}

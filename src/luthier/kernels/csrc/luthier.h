@@ -1,0 +1,22 @@
+// The C ABI: status codes and what every family of kernels shares. Entries never throw.
+#pragma once
+#include <cstdint>
+
+#define LT_API extern "C" __attribute__((visibility("default")))
+
+enum lt_status : int {
+  LT_OK = 0,
+  LT_BAD_ARGUMENT = 1,  // a size or pointer that the binding should have refused
+  LT_NO_MEMORY = 2,
+  LT_BAD_ISA = 3,       // LUTHIER_ISA names an instruction set that this build or machine lacks
+  LT_NOT_FINITE = 4,    // an input that must be finite is not
+};
+
+// Raised whenever an entry's signature changes; the loader refuses another number.
+constexpr int kAbiVersion = 1;
+
+LT_API int lt_abi_version();
+// 0 portable, 1 avx2, 2 avx512, 3 neon; -1 when LUTHIER_ISA cannot be obeyed.
+LT_API int lt_isa();
+// What runs parallel work: 0 own threads, 1 the OpenMP runtime that the process had loaded already.
+LT_API int lt_thread_backend();

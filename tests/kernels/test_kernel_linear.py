@@ -1,0 +1,181 @@
+"""frozen_linear: against float64, for every storage, ragged shapes, groups; the same bits for every number of threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_checks import assert_same_for_all_threads, called, relative_error
+from stored import KINDS, RAGGED_KINDS, random_storage
+from torch import Tensor
+
+from luthier import kernels
+from luthier.errors import ShapeError
+from luthier.kernels import Part, Term, native
+from luthier.kernels.dequantize import dequantize_reference
+from luthier.kernels.linear_ops import backward_input_op, flatten, forward_op, outer_op, rows_op
+
+# (T, out, in, rank): one token, few, a ragged sliver, several panels, ranks beside the panel's width, two blocks of rows.
+SHAPES = [
+    (1, 40, 256, 0),
+    (3, 33, 256, 5),
+    (4, 64, 512, 16),
+    (7, 30, 256, 1),
+    (37, 100, 768, 40),
+    (130, 64, 512, 8),
+    (650, 32, 256, 16),
+]
+ALL_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+RAGGED_SHAPES = [(1, 7, 50, 2), (2, 45, 77, 0), (19, 45, 77, 5), (5, 1, 1, 1), (64, 33, 95, 3)]
+
+
+def example(kind: str, tokens: int, out_features: int, in_features: int, rank: int) -> tuple[Part, Tensor]:
+    torch.manual_seed(tokens + out_features)
+    storage = random_storage(kind, out_features, in_features)
+    factors = (torch.randn(rank, in_features, requires_grad=True), torch.randn(out_features, rank, requires_grad=True))
+    term = Term(*factors, 0.5) if rank else None
+    return Part(storage, torch.randn(out_features, requires_grad=True), term), torch.randn(
+        tokens, in_features, requires_grad=True
+    )
+
+
+def run(part: Part, x: Tensor, grad: Tensor) -> list[Tensor]:
+    """y and its gradients to x, bias, A and B."""
+    leaves = [x, part.bias, *((part.term.A, part.term.B) if part.term else ())]
+    y = kernels.frozen_linear(x, part.storage, part.bias, part.term)
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+
+
+def exact(part: Part, x: Tensor, grad: Tensor) -> list[Tensor]:
+    leaves = [t.detach().double().requires_grad_() for t in (x, part.bias, *((part.term.A, part.term.B) if part.term else ()))]
+    y = leaves[0] @ dequantize_reference(part.storage).double().T + leaves[1]
+    if part.term:
+        y = y + part.term.scaling * (leaves[0] @ leaves[2].T) @ leaves[3].T
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad.double())]
+
+
+def check(kind: str, shape: tuple[int, int, int, int]) -> None:
+    part, x = example(kind, *shape)
+    grad = torch.randn(shape[0], shape[1])
+    expected = exact(part, x, grad)
+    for mode in native.MODES:
+        with native.forced(mode):
+            results = run(part, x, grad)
+        bound = 2e-6 * max(shape[2] / 1000, 0.1) ** 0.5
+        assert relative_error(results[0], expected[0]) <= bound, f"{mode}: y"
+        for name, got, want in zip(("x", "bias", "A", "B"), results[1:], expected[1:], strict=False):
+            assert got.shape == want.shape
+            assert relative_error(got, want) <= 1e-5, f"{mode}: gradient to {name}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_and_gradients_agree_with_float64(kind):
+    for shape in SHAPES:
+        check(kind, shape)
+
+
+@pytest.mark.parametrize("kind", RAGGED_KINDS)
+def test_ragged_shapes_agree_with_float64(kind):
+    for shape in RAGGED_SHAPES:
+        check(kind, shape)
+
+
+@pytest.mark.parametrize("in_features", [1024, 4096])
+def test_long_contractions_keep_the_error_bound(in_features):
+    storage = random_storage("bf16", 48, in_features)
+    x = torch.randn(70, in_features)
+    for tokens in (1, 4, 70):
+        got = kernels.frozen_linear(x[:tokens], storage)
+        want = x[:tokens].double() @ dequantize_reference(storage).double().T
+        assert relative_error(got, want) <= 2e-6 * (in_features / 1000) ** 0.5
+
+
+@pytest.mark.parametrize("kind", ["f32", "bf16", "nf4-double", "q4_k"])
+@pytest.mark.parametrize("tokens", [2, 70])
+def test_results_do_not_depend_on_the_number_of_threads(kind, tokens):
+    part, x = example(kind, tokens, 150, 512, 16)
+    grad = torch.randn(tokens, 150)
+    assert_same_for_all_threads(lambda: run(part, x, grad))
+
+
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_a_group_equals_its_layers(tokens):
+    torch.manual_seed(0)
+    x = torch.randn(tokens, 256, requires_grad=True)
+    parts = [
+        example(kind, tokens, size, 256, rank)[0] for kind, size, rank in (("nf4", 96, 16), ("q8_0", 40, 0), ("f32", 33, 4))
+    ]
+    grads = [torch.randn(tokens, part.storage.shape[0]) for part in parts]
+    alone = [kernels.frozen_linear(x, part.storage, part.bias, part.term) for part in parts]
+    together = kernels.frozen_linear_group(x, parts)
+    for one, other in zip(alone, together, strict=True):
+        assert torch.equal(one, other)
+    leaves = [x, *(t for part in parts if part.term for t in (part.term.A, part.term.B))]
+    expected = torch.autograd.grad(alone, leaves, grads)
+    for got, want in zip(torch.autograd.grad(together, leaves, grads), expected, strict=True):
+        assert relative_error(got, want) <= 1e-6
+
+
+def test_leading_dimensions_and_empty_batches():
+    storage = random_storage("bf16", 5, 64)
+    assert kernels.frozen_linear(torch.randn(2, 3, 64), storage).shape == (2, 3, 5)
+    x = torch.randn(0, 64, requires_grad=True)
+    y = kernels.frozen_linear(x, storage)
+    assert y.shape == (0, 5)
+    assert torch.autograd.grad(y.sum(), x)[0].shape == (0, 64)
+
+
+def test_x_that_is_no_leaf_of_interest_gets_no_gradient():
+    part, x = example("f32", 9, 20, 64, 4)
+    y = kernels.frozen_linear(x.detach(), part.storage, None, part.term)
+    got = torch.autograd.grad(y.sum(), [part.term.A, part.term.B])
+    want = exact(part, x, torch.ones(9, 20))[3:]
+    for one, other in zip(got, want, strict=True):
+        assert relative_error(one, other) <= 1e-5
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("tokens", [3, 20])
+def test_nan_and_inf_propagate(bad, tokens):
+    storage = random_storage("bf16", 40, 70)
+    x = torch.randn(tokens, 70)
+    x[1, 69] = bad
+    y = kernels.frozen_linear(x, storage)
+    assert not torch.isfinite(y[1]).any()
+    assert torch.isfinite(y[[0, 2]]).all()
+    weight = torch.randn(40, 70)
+    weight[5, 3] = bad
+    y = kernels.frozen_linear(torch.ones(tokens, 70), kernels.Storage.dense(weight))
+    assert not torch.isfinite(y[:, 5]).any()
+    assert torch.isfinite(y[:, :5]).all()
+
+
+def test_what_does_not_fit_is_refused():
+    storage = random_storage("f32", 4, 8)
+    for x, message in [(torch.zeros(2, 8).double(), "x must be float32"), (torch.zeros(2, 7), "x must have 8 features")]:
+        with pytest.raises(ShapeError, match=message):
+            kernels.frozen_linear(x, storage)
+    with pytest.raises(ShapeError, match="bias must be float32 of shape"):
+        kernels.frozen_linear(torch.zeros(2, 8), storage, torch.zeros(5))
+    with pytest.raises(ShapeError, match=r"A must be \(r, 8\) and B \(4, r\)"):
+        kernels.frozen_linear(torch.zeros(2, 8), storage, None, Term(torch.zeros(3, 8), torch.zeros(4, 2)))
+    with pytest.raises(ShapeError, match="layers of a group share x"):
+        kernels.frozen_linear_group(torch.zeros(2, 8), [Part(storage), Part(random_storage("f32", 4, 9))])
+
+
+@pytest.mark.parametrize("tests", [("test_schema", "test_faketensor"), pytest.param(ALL_CHECKS, marks=pytest.mark.slow)])
+def test_ops_pass_opcheck_and_are_native(tests):
+    part, x = example("nf4-double", 6, 20, 64, 4)
+    stored, layout, numbers, bias, A, B = (
+        [t.detach() if isinstance(t, Tensor) else t for t in values] for values in flatten([part, part])
+    )
+    x, dy = x.detach(), torch.randn(6, 20)
+    single = flatten([Part(part.storage)])[:3]
+    with called("frozen_linear", "frozen_linear_backward_input", "frozen_linear_backward_factor", "dequantize_rows"):
+        for op, arguments in (
+            (forward_op, (x, stored, layout, numbers, bias, A, B)),
+            (backward_input_op, ([dy, dy], stored, layout, numbers, A, B)),
+            (outer_op, (torch.randn(6, 4), dy, 0.5, True)),
+            (rows_op, (*single, torch.tensor([1, 2]))),
+            (rows_op, (*single, None)),
+        ):
+            torch.library.opcheck(op, arguments, test_utils=tests)

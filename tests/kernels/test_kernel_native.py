@@ -1,0 +1,149 @@
+"""The loader: which kernels run and why, what is said when they cannot, and threads beside torch's own and after fork."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from luthier import kernels
+from luthier.errors import ConfigError, ShapeError
+from luthier.kernels import native, probe, registry
+
+EXPECTED_NATIVE = {"frozen_linear", "frozen_linear_backward_input", "frozen_linear_backward_factor", "dequantize_rows"}
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run `code` in a process of its own with these variables set."""
+    variables = {**os.environ, "OMP_NUM_THREADS": "2", **environment}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=200, check=False)
+
+
+def test_the_library_is_installed_and_in_use():
+    active = kernels.active()
+    assert active.mode == "native"
+    assert active.instruction_set in native.INSTRUCTION_SETS
+    assert Path(str(active.library)).is_file()
+
+
+def test_every_expected_op_has_a_native_version():
+    assert {op.name for op in registry.registered_ops() if op.has_native} >= EXPECTED_NATIVE
+
+
+def test_forced_reference_calls_no_native_kernel():
+    op = next(op for op in registry.registered_ops() if op.name == "frozen_linear")
+    before = op.native_calls
+    storage = kernels.Storage.dense(torch.ones(2, 3))
+    with native.forced("reference"):
+        assert kernels.active().mode == "reference"
+        kernels.frozen_linear(torch.ones(1, 3), storage)
+    assert op.native_calls == before
+    kernels.frozen_linear(torch.ones(1, 3), storage)
+    assert op.native_calls == before + 1
+
+
+def test_forcing_an_unknown_mode_is_refused():
+    with (
+        pytest.raises(ConfigError, match=r"kernels are one of native, reference; got 'nativ'. Did you mean 'native'"),
+        native.forced("nativ"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.zeros(2, 3, dtype=torch.float64), r"x must be torch.float32; got torch.float64. Try .to\(torch.float32\)"),
+        (torch.zeros(3, 2), r"x must have shape \(\*, 3\); got \(3, 2\)"),
+        (torch.zeros(3, 2).T, r"x must be contiguous; got strides \(1, 2\)"),
+        (torch.zeros(2, 3, device="meta"), "x must be on the CPU; got meta"),
+        (torch.zeros(25, dtype=torch.uint8)[1:].view(torch.uint8), "x must be torch.float32"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_refused(tensor, message):
+    with pytest.raises(ShapeError, match=message):
+        native.check_tensor(tensor, "x", torch.float32, (None, 3))
+
+
+def test_the_library_refuses_what_the_binding_should_have():
+    call = native.entry("lt_fma_peak", native.ctypes.c_int64, native.ctypes.c_int, native.ctypes.c_void_p)
+    with pytest.raises(ShapeError, match=r"lt_fma_peak refused its arguments \(status 1\)"):
+        call(0, 1, None)
+
+
+def test_probes_measure_something():
+    assert probe.fma_peak(1, steps=10_000) > 1e8
+    assert probe.read_bandwidth(1, buffer=torch.ones(1 << 16)) > 1e7
+
+
+def test_environment_chooses_the_kernels():
+    """One process a setting would take seconds each; the messages come from functions that read the environment anew."""
+    run = python(
+        """
+        import os, warnings
+        from luthier.errors import ConfigError
+        from luthier.kernels import native
+        def said(**environment):
+            os.environ.update(environment)
+            native._default_mode.cache_clear(), native._load.cache_clear()
+            try:
+                return str(native.active())
+            except ConfigError as error:
+                return str(error)
+        print(said(LUTHIER_KERNELS="reference"))
+        print(said(LUTHIER_KERNELS="fast"))
+        print(said(LUTHIER_KERNELS="native", LUTHIER_KERNELS_LIBRARY="/none.so"))
+        os.environ["LUTHIER_KERNELS_LIBRARY"] = ""
+        native.LIBRARY_NAME = "absent.so"
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            print(said())
+            native.active(), native.active()
+            print(len(caught), caught[0].message)
+        """
+    )
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    assert lines[0].startswith("Active(mode='reference', reason='LUTHIER_KERNELS=reference'")
+    assert lines[1].startswith("LUTHIER_KERNELS is one of native, reference; got 'fast'.")
+    assert lines[2] == "LUTHIER_KERNELS_LIBRARY names a file; /none.so is none. Unset it to use the installed library."
+    assert lines[3].startswith("Active(mode='reference', reason='absent.so is not installed'")
+    assert lines[4] == "1 absent.so is not installed, so every op runs in plain torch, several times slower."
+
+
+def test_an_instruction_set_that_the_machine_lacks_is_an_error():
+    run = python("from luthier import kernels; kernels.active()", LUTHIER_ISA="avx3")
+    assert run.returncode == 1
+    expected = "LUTHIER_ISA is one of portable, avx2, avx512, neon that this machine has; got 'avx3'. Did you mean 'avx2'?"
+    assert expected in run.stderr
+
+
+def test_threads_beside_torch_and_after_fork():
+    run = python(
+        """
+        import os, torch
+        from luthier import kernels
+        torch.manual_seed(0)
+        storage = kernels.Storage.dense(torch.randn(300, 256).bfloat16())
+        x = torch.randn(70, 256)
+        expected = kernels.frozen_linear(x, storage)
+        for _ in range(50):
+            torch.randn(256, 256) @ torch.randn(256, 256)
+            assert torch.equal(kernels.frozen_linear(x, storage), expected)
+        child = os.fork()
+        if child == 0:
+            same = all(torch.equal(kernels.frozen_linear(x, storage), expected) for _ in range(3))
+            os._exit(0 if same and kernels.active().threads_from == "its own pool" else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert torch.equal(kernels.frozen_linear(x, storage), expected)
+        print("done", kernels.active().threads_from)
+        """
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("done")
