@@ -1,0 +1,82 @@
+"""What every frozen matrix does with its storage: products, rows in float32, norms. Storage itself is the matrix's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from luthier import kernels
+
+if TYPE_CHECKING:
+    from luthier.matrices import Matrix
+
+BLOCK_ELEMENTS = 1 << 20
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def product(matrix: Matrix, x: Tensor, bias: Tensor | None = None, term: kernels.Term | None = None) -> Tensor:
+    """x W^T + bias + s (x A^T) B^T in x's dtype. x: (..., in_features) -> (..., out_features).
+
+    The one place that decides how: the kernel for float32 on the CPU and a frozen W, plain torch for all else and for no rows.
+    Blocks on the CPU are multiplied by the kernel whatever x is, for the other way would hold the whole of W in x's dtype.
+    """
+    frozen_on_cpu = x.device.type == "cpu" and not matrix.weight.requires_grad and x.numel() > 0
+    if frozen_on_cpu and x.dtype == torch.float32:
+        return kernels.frozen_linear(x, matrix.storage(), bias, term)
+    if frozen_on_cpu and x.dtype in HALF_DTYPES and matrix.weight.dtype == torch.uint8:
+        return kernels.frozen_linear(x.to(torch.float32), matrix.storage(), bias, term).to(x.dtype)
+    y = _plain_product(matrix, x)
+    if term is not None:
+        y = y + (term.scaling * F.linear(F.linear(x.to(term.A.dtype), term.A), term.B)).to(y.dtype)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def _plain_product(matrix: Matrix, x: Tensor) -> Tensor:
+    if matrix.weight.requires_grad or matrix.weight.dtype == x.dtype:
+        return F.linear(x, matrix.dequantize(x.dtype))
+    return _WidenedProduct.apply(x, matrix)
+
+
+class _WidenedProduct(torch.autograd.Function):
+    """y = x W^T with W stored in fewer bits: widened for the product, and again in backward, never kept widened."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, matrix: Matrix) -> Tensor:
+        ctx.matrix = matrix
+        return F.linear(x, matrix.dequantize(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None]:
+        return grad_output @ ctx.matrix.dequantize(grad_output.dtype), None
+
+
+def row_blocks(matrix: Matrix) -> Iterator[tuple[int, Tensor]]:
+    """(first row, rows in float32), a few at a time, so that W is never whole in float32."""
+    rows, columns = matrix.shape
+    step = max(1, BLOCK_ELEMENTS // columns)
+    for start in range(0, rows, step):
+        yield start, matrix.row_range(start, min(start + step, rows))
+
+
+def widened(matrix: Matrix, dtype: torch.dtype) -> Tensor:
+    """W as a tensor (out_features, in_features) in `dtype`, filled a few rows at a time."""
+    result = torch.empty(matrix.shape, dtype=dtype, device=matrix.weight.device)
+    for start, rows in row_blocks(matrix):
+        result[start : start + len(rows)] = rows
+    return result
+
+
+@torch.no_grad()
+def norms_squared(matrix: Matrix, dim: int) -> Tensor:
+    """Sums of squares along `dim`, float64: of each row (1) or column (0); kept for as long as the weight stays as it is."""
+    state = (matrix.weight.data_ptr(), matrix.weight._version)
+    kept = matrix.kept_norms.get(dim)
+    if kept is None or kept[0] != state:
+        pieces = [rows.to(torch.float64).square().sum(dim) for _, rows in row_blocks(matrix)]
+        kept = (state, torch.cat(pieces) if dim == 1 else torch.stack(pieces).sum(0))
+        matrix.kept_norms[dim] = kept
+    return kept[1]
