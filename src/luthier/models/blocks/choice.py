@@ -1,0 +1,92 @@
+"""Which way a model, a layer and a half are computed, and the line in the log that says so.
+
+Fused where all of a half is frozen products with low-rank terms; composed of parts where its linear layers compute
+more than that; Transformers' own layer where something stands in the way of both.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from luthier.kernels import native
+from luthier.models.blocks.description import AttentionHalf, Layer, MlpHalf
+from luthier.models.blocks.families import family_of
+from luthier.models.blocks.fused_attention import HEAD_UNIT
+from luthier.models.blocks.linears import is_one_product
+
+logger = logging.getLogger(__name__)
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_said: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+
+
+def body_obstacle(body: nn.Module) -> str | None:
+    """Why the model runs as Transformers' modules altogether, or None."""
+    if family_of(body) is None:
+        return "its family has no blocks of its own"
+    if not native.use_native():
+        return "the compiled kernels are not in use"
+    if is_watched(body):
+        return "its body has hooks or a forward of its own"
+    return None
+
+
+def layer_obstacle(layer: Layer) -> str | None:
+    """Why the layer runs as Transformers' own module, or None."""
+    if layer.mlp.gate is None:
+        return "there is no kernel for its activation"
+    if any(is_watched(module) for module in layer.bypassed):
+        return "it has hooks or a forward of its own"
+    if _drops(layer.module):
+        return "the base model's own dropout is on"
+    weights = [norm.weight for norm in (*layer.attention.norms, *layer.mlp.norms)]
+    if any(weight.dtype != torch.float32 or weight.device.type != "cpu" for weight in weights):
+        return "its norms are not in float32 on the CPU"
+    return None
+
+
+def half_obstacle(half: AttentionHalf | MlpHalf) -> str | None:
+    """Why the half is composed of parts, or None where it is one operation."""
+    if any(norm.weight.requires_grad for norm in half.norms):
+        return "norms that train"
+    if not all(is_one_product(linear) and not is_watched(linear) for linear in half.linears):
+        return "linear layers with more than a frozen product and low-rank terms"
+    if isinstance(half, AttentionHalf) and half.head_size % HEAD_UNIT:
+        return f"a head size that is no multiple of {HEAD_UNIT}"
+    return None
+
+
+def is_recomputed(layer: nn.Module) -> bool:
+    """Whether the layer keeps only its input for backward: marked so by `set_recomputed`, or by Transformers' own switch."""
+    return bool(getattr(layer, "is_recomputed", False)) or bool(
+        getattr(layer, "gradient_checkpointing", False) and layer.training
+    )
+
+
+def fits(hidden: Tensor) -> bool:
+    """Whether the kernels take these activations."""
+    return hidden.dtype == torch.float32 and hidden.device.type == "cpu"
+
+
+def say_once(model: nn.Module, text: str) -> None:
+    """Write a line to the log the first time it is true of this model."""
+    said = _said.setdefault(model, set())
+    if text not in said:
+        said.add(text)
+        logger.info("%s: %s", type(model).__name__, text)
+
+
+def is_watched(module: Any) -> bool:
+    """Whether calling the module does more than its class says."""
+    replaced = "forward" in module.__dict__ and not getattr(module, "is_recomputed", False)
+    return replaced or any(getattr(module, name) for name in _HOOKS)
+
+
+def _drops(layer: Any) -> bool:
+    drops = layer.self_attn.training and layer.self_attn.attention_dropout > 0
+    return drops or any(isinstance(child, nn.Dropout) and child.training and child.p > 0 for child in layer.children())

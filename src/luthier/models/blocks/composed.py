@@ -1,0 +1,58 @@
+"""A half out of its parts, each with its own backward: for linear layers that compute more than one product.
+
+DoRA, dropout inside a term, weights that train: the layers' own modules are called, with the kernels between them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from luthier.kernels.attention import packed_attention
+from luthier.kernels.elementwise import geglu, swiglu
+from luthier.kernels.elementwise_ops import rotary_op
+from luthier.models.blocks.description import AttentionHalf, MlpHalf
+from luthier.models.blocks.tokens import Tables, Tokens
+
+
+def composed_attention(x: Tensor, half: AttentionHalf, tokens: Tokens, tables: Tables, rows: Tensor | None) -> Tensor:
+    """What `fused_attention` computes, for any linear layers and norms that train."""
+    normed = half.norm(x)
+    outputs = [layer(normed) for layer in half.projections]
+    if len(outputs) == 1:
+        widths = [half.heads * half.head_size, half.kv_heads * half.head_size, half.kv_heads * half.head_size]
+        outputs = list(outputs[0].split(widths, 1))
+    q, k, v = (output.unflatten(1, (-1, half.head_size)) for output in outputs)
+    if half.query_norm is not None and half.key_norm is not None:
+        q, k = half.query_norm(q), half.key_norm(k)
+    q, k = _Rotary.apply(q, *tables), _Rotary.apply(k, *tables)
+    attended = packed_attention(q, k, v, tokens.starts, half.scale, window=half.window, softcap=half.softcap).flatten(1)
+    y = half.output(attended if rows is None else attended[rows])
+    y = y if half.post_norm is None else half.post_norm(y)
+    return y + (x if rows is None else x[rows])
+
+
+def composed_mlp(x: Tensor, half: MlpHalf) -> Tensor:
+    """What `fused_mlp` computes, for any linear layers and norms that train."""
+    normed = half.norm(x)
+    outputs = [layer(normed) for layer in half.projections]
+    gate, up = outputs if len(outputs) == 2 else outputs[0].chunk(2, 1)
+    y = half.down((swiglu if half.gate == 0 else geglu)(gate, up))
+    return x + (y if half.post_norm is None else half.post_norm(y))
+
+
+class _Rotary(torch.autograd.Function):
+    """Turns each head by its position, into a new tensor: what the layers' modules give may be needed as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.tables = cos, sin
+        return rotary_op(x, cos, sin, False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dturned: Tensor) -> tuple[Tensor, None, None]:
+        return rotary_op(dturned.contiguous(), *ctx.tables, True), None, None

@@ -1,0 +1,89 @@
+"""Frozen linear layers that share an input, inside a half: forward, and backward written by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from luthier import kernels
+from luthier.kernels.linear_ops import backward_input_op, flatten, forward_op, outer_op
+from luthier.linear import LowRankLinear, enabled_terms, joined
+
+Small = Sequence[Tensor | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Linears:
+    """`count` layers of one input: their stored matrices as the kernels take them.
+
+    What may train is not part of it: `small` is count biases, then count A, then count B, each a tensor or None, which
+    go through autograd as inputs of a half.
+    """
+
+    count: int
+    stored: list[Tensor]
+    layout: list[int]
+    numbers: list[float]
+
+    @property
+    def small_count(self) -> int:
+        return 3 * self.count
+
+    def forward(self, x: Tensor, small: Small) -> tuple[list[Tensor], list[Tensor]]:
+        """(y, u) of each layer: y (T, out_features), and u = x A^T (T, rank), which backward needs where B trains."""
+        bias, A, B = self._split(small)
+        return forward_op(x, self.stored, self.layout, self.numbers, bias, A, B)
+
+    def backward(
+        self, dys: list[Tensor], x: Tensor | None, inner: Small, small: Small, wants: Sequence[bool], wants_dx: bool
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """(dx, gradients of `small`). x is needed where an A trains; `inner` are the u where their B does."""
+        _, A, B = self._split(small)
+        wants_bias, wants_A, wants_B = self._split(wants)
+        if wants_dx:
+            dx, v = backward_input_op(dys, self.stored, self.layout, self.numbers, A, B)
+        else:
+            dx, v = None, [dy @ b if wanted else None for dy, b, wanted in zip(dys, B, wants_A, strict=True)]
+        scalings = self.numbers[1::2]
+        dbias = [dy.sum(0) if wanted else None for dy, wanted in zip(dys, wants_bias, strict=True)]
+        dA = [outer_op(v[p], x, scalings[p], False) if wants_A[p] else None for p in range(self.count)]
+        dB = [outer_op(inner[p], dys[p], scalings[p], True) if wants_B[p] else None for p in range(self.count)]
+        return dx, [*dbias, *dA, *dB]
+
+    def kept_inner(self, inner: list[Tensor], wants: Sequence[bool]) -> list[Tensor | None]:
+        """The u that backward will need, None for the others."""
+        _, _, wants_B = self._split(wants)
+        return [u if wanted else None for u, wanted in zip(inner, wants_B, strict=True)]
+
+    def wants_input(self, wants: Sequence[bool]) -> bool:
+        """Whether an A trains, so that backward needs x."""
+        return any(self._split(wants)[1])
+
+    def _split(self, small: Sequence) -> tuple[list, list, list]:
+        return list(small[: self.count]), list(small[self.count : 2 * self.count]), list(small[2 * self.count :])
+
+
+def linears_of(layers: Sequence[LowRankLinear]) -> tuple[Linears, list[Tensor | None]]:
+    """The layers' matrices, and `small`: their biases and terms, several terms of a layer joined into one."""
+    stored, layout, numbers, bias, A, B = flatten([_part(layer) for layer in layers])
+    return Linears(len(layers), stored, layout, numbers), [*bias, *A, *B]
+
+
+def is_one_product(layer: object) -> bool:
+    """Whether x W^T + bias + terms is all the layer computes, W frozen and in the CPU's memory."""
+    if type(layer) is not LowRankLinear or layer.weight.requires_grad or layer.weight.device.type != "cpu":
+        return False
+    return all(term.is_fused and not term.lora_A.is_meta for term in enabled_terms(layer))
+
+
+def _part(layer: LowRankLinear) -> kernels.Part:
+    terms = enabled_terms(layer)
+    shifts = [term.scaling * term.lora_B_bias for term in terms if term.lora_B_bias is not None]
+    bias = sum(shifts, layer.bias) if layer.bias is not None else (torch.stack(shifts).sum(0) if shifts else None)
+    term = joined(terms)
+    if term is not None and not (term.A.is_contiguous() and term.B.is_contiguous()):
+        term = kernels.Term(term.A.contiguous(), term.B.contiguous(), term.scaling)
+    return kernels.Part(layer.matrix.storage(), bias, term)

@@ -1,0 +1,96 @@
+"""Quantised weights kept in the cache: the next load of the same weights maps them instead of quantising again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from luthier.config import NF4Options
+from luthier.errors import ModelError, PreflightError
+from luthier.matrices import GGUFMatrix, NF4Matrix
+from luthier.models.cache import cache_folder, publish
+from luthier.models.checkpoint import SINGLE_FILE, SafetensorsCheckpoint, WeightSource
+from luthier.models.nf4_checkpoint import read_nf4
+from luthier.models.safetensors_writer import write_safetensors
+
+FORMAT = 1
+HEADER_BYTES = 1 << 20
+SAMPLES, SAMPLE_BYTES = 256, 4096
+
+
+def cached_folder(weights: Path, options: NF4Options) -> Path:
+    """Where the quantised copy of these weights stands or will stand. weights: a model folder or a GGUF file.
+
+    The name follows from the content: of every weight file the size, the time it was written, its first MiB (all names,
+    shapes and types) and 256 samples of 4 KiB; and from the options.
+    """
+    digest = hashlib.sha256(f"{FORMAT} {options.double_quant} {sorted(options.skip_modules)}".encode())
+    files = sorted(weights.glob("*.safetensors")) if weights.is_dir() else [weights]
+    for path in files:
+        about = path.stat()
+        digest.update(f"{path.name} {about.st_size} {about.st_mtime_ns}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(HEADER_BYTES))
+            for sample in range(SAMPLES):
+                file.seek(about.st_size * sample // SAMPLES)
+                digest.update(file.read(SAMPLE_BYTES))
+    return cache_folder("nf4") / digest.hexdigest()[:32]
+
+
+def write_cached(folder: Path, quantized: Mapping[str, NF4Matrix]) -> None:
+    """Keep these matrices, by their names in the source, as `folder`, whole or not at all.
+
+    Raises PreflightError where the cache cannot take them.
+    """
+    tensors = {
+        f"{name}{key.removeprefix('weight')}": tensor
+        for name, matrix in quantized.items()
+        for key, tensor in matrix.tensors().items()
+    }
+    try:
+        with publish(folder) as stage:
+            write_safetensors(stage / SINGLE_FILE, tensors)
+    except OSError as error:
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        raise PreflightError(
+            f"the cache must have room for the quantized weights, {needed} bytes; {folder.parent}: {error.strerror or error}. "
+            "Leave cache_quantized out, or set LUTHIER_CACHE to another folder."
+        ) from error
+
+
+class CachedSource:
+    """A WeightSource that takes the weights in `folder` from there, in NF4, and all others from `original`.
+
+    Raises ModelError where the folder is damaged.
+    """
+
+    def __init__(self, original: WeightSource, folder: Path):
+        self.original = original
+        try:
+            self._quantized = read_nf4(SafetensorsCheckpoint(folder))
+        except ModelError as error:
+            raise ModelError(
+                f"the quantized weights in the cache are damaged. Remove {folder}, and they are made anew."
+            ) from error
+
+    def names(self) -> list[str]:
+        return self.original.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._quantized[name].shape if name in self._quantized else self.original.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        return self.original.dtype(name)
+
+    def kind(self, name: str) -> str | None:
+        return "nf4" if name in self._quantized else self.original.kind(name)
+
+    def matrix(self, name: str) -> NF4Matrix | GGUFMatrix:
+        return self._quantized[name] if name in self._quantized else self.original.matrix(name)
+
+    def tensor(self, name: str, *, mapped: bool) -> Tensor:
+        return self.original.tensor(name, mapped=mapped)

@@ -1,0 +1,107 @@
+"""Weights that bitsandbytes stored in NF4, read from the folder that Transformers saved them to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from luthier.errors import ModelError, ShapeError, bulleted
+from luthier.matrices import NF4Matrix
+from luthier.matrices.nf4 import STATE_KEY
+from luthier.models.checkpoint import SafetensorsCheckpoint
+
+STATE_MARK = ".quant_state.bitsandbytes__"
+PART_ENDS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+NF4_SUFFIX = STATE_KEY.removeprefix("weight")
+
+
+def check_quantization(content: dict[str, Any], where: str) -> None:
+    """Raise ModelError, naming what they are, if a config.json says that its weights are quantised otherwise than in
+    bitsandbytes NF4."""
+    settings = content.get("quantization_config")
+    if not settings:
+        return
+    kind = _kind_named(settings) if isinstance(settings, dict) else repr(settings)
+    if kind != "bitsandbytes nf4":
+        raise ModelError(
+            f"{where}: quantized weights must be bitsandbytes nf4 or a GGUF file; these are {kind}. "
+            "Use the original model; --method qlora quantizes it while loading."
+        )
+
+
+def _kind_named(settings: dict[str, Any]) -> str:
+    method = str(settings.get("quant_method", "bitsandbytes" if "load_in_4bit" in settings else "of an unknown kind"))
+    if method != "bitsandbytes":
+        return method
+    if settings.get("load_in_8bit"):
+        return "bitsandbytes int8"
+    return f"bitsandbytes {settings.get('bnb_4bit_quant_type', 'fp4')}"
+
+
+def holds_nf4(plain: SafetensorsCheckpoint) -> bool:
+    """Whether some weight lies beside a state of bitsandbytes."""
+    return any(STATE_MARK in name for name in plain.names())
+
+
+class NF4Checkpoint:
+    """A WeightSource over a folder with weights in bitsandbytes NF4 beside plain ones.
+
+    Raises ModelError naming every weight whose parts are missing, do not fit, or are of another format.
+    """
+
+    def __init__(self, plain: SafetensorsCheckpoint):
+        self.plain = plain
+        self._quantized = read_nf4(plain)
+        parts = {f"{name}{end}" for name in self._quantized for end in (*PART_ENDS, NF4_SUFFIX)}
+        self._names = [name for name in plain.names() if name not in parts]
+
+    def names(self) -> list[str]:
+        return self._names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._quantized[name].shape if name in self._quantized else self.plain.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        return torch.float32 if name in self._quantized else self.plain.dtype(name)
+
+    def kind(self, name: str) -> str | None:
+        return "nf4" if name in self._quantized else None
+
+    def matrix(self, name: str) -> NF4Matrix:
+        return self._quantized[name]
+
+    def tensor(self, name: str, *, mapped: bool) -> Tensor:
+        if name in self._quantized:
+            return self._quantized[name].dequantize()
+        return self.plain.tensor(name, mapped=mapped)
+
+
+def read_nf4(plain: SafetensorsCheckpoint) -> dict[str, NF4Matrix]:
+    """Every weight stored in NF4, by its name, its parts mapped. Raises ModelError with all problems."""
+    found: dict[str, NF4Matrix] = {}
+    problems: list[str] = []
+    present = set(plain.names())
+    for name in _marked(plain.names(), problems):
+        keys = {end: f"{name}{end}" for end in ("", *PART_ENDS, NF4_SUFFIX) if f"{name}{end}" in present}
+        try:
+            found[name] = NF4Matrix.from_tensors({f"weight{end}": plain.tensor(key, mapped=True) for end, key in keys.items()})
+        except ShapeError as error:
+            problems.append(f"{name}: {error}")
+    if problems:
+        raise ModelError(f"the 4-bit weights of {plain.folder} must be whole nf4:\n{bulleted(problems)}\nDownload them again.")
+    return found
+
+
+def _marked(names: Iterable[str], problems: list[str]) -> list[str]:
+    """The weights beside which bitsandbytes keeps a state; those in another format than NF4 are problems."""
+    marked = []
+    for key in names:
+        name, mark, kind = key.partition(STATE_MARK)
+        if mark and kind == "nf4" and name.endswith(".weight"):
+            marked.append(name)
+        elif mark:
+            problems.append(f"{name} is stored as {kind}")
+    return marked

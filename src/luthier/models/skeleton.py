@@ -1,0 +1,116 @@
+"""The Transformers model of a configuration, without its weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch.overrides import TorchFunctionMode
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from luthier.errors import ModelError, nearest
+from luthier.models.nf4_checkpoint import check_quantization
+
+CONFIG_FILE = "config.json"
+CONFIG_ERRORS = (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, StrictDataclassError)
+MAX_LAYERS = 1024
+MAX_SIZE = 1 << 24
+MAX_LAYERS_TIMES_SIZE = 1 << 24  # a model of 405 billion parameters has 126 layers of 53,248 features: 6.7 million
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The configuration in `folder`/config.json. Code named by `auto_map` is never run.
+
+    Raises ModelError if the file is not JSON, its model_type is unknown, or it is of a kind that is not supported.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} must be readable JSON; {error}. Download the model again.") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} must hold one JSON object; it holds a {type(content).__name__}. Download the model again.")
+    return make_config(content, str(path))
+
+
+def make_config(content: dict[str, Any], where: str) -> PretrainedConfig:
+    """A Transformers configuration from its keys, `model_type` among them. `where` names the file in errors.
+
+    A quantization_config is checked and left out: how weights are stored is the matrices' affair.
+    """
+    kind = content.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        hint = nearest(str(kind), list(CONFIG_MAPPING.keys())) if kind else " Every Transformers model has one."
+        code = " It asks to run its own code (auto_map), which is never done." if "auto_map" in content else ""
+        raise ModelError(f"{where}: model_type must be one Transformers knows; got {kind!r}.{code}{hint}")
+    check_quantization(content, where)
+    keys = {key: value for key, value in content.items() if key not in ("auto_map", "quantization_config")}
+    try:
+        config = CONFIG_MAPPING[kind].from_dict(keys)
+    except CONFIG_ERRORS as error:
+        raise ModelError(
+            f"{where} is not a valid {kind} configuration; {_one_line(error)}. Download the model again."
+        ) from error
+    _check_kind(config, kind, where)
+    _check_sizes(config, where)
+    return config
+
+
+def _check_kind(config: PretrainedConfig, kind: str, where: str) -> None:
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and "vision_config" not in config.sub_configs:
+        return
+    if "text_config" in config.sub_configs:
+        raise ModelError(
+            f"{where}: the model must be of text alone; {kind} also takes images or sound. Use a text-only model of "
+            "that family."
+        )
+    raise ModelError(f"{where}: the model must be one that continues text (a causal language model); {kind} is not.")
+
+
+def _check_sizes(config: PretrainedConfig, where: str) -> None:
+    """Refuse sizes that no model has before anything is built from them."""
+    limits = {"num_hidden_layers": MAX_LAYERS, "hidden_size": MAX_SIZE, "vocab_size": MAX_SIZE, "num_attention_heads": MAX_SIZE}
+    limits |= {"intermediate_size": MAX_SIZE, "num_key_value_heads": MAX_SIZE, "head_dim": MAX_SIZE}
+    for key, limit in limits.items():
+        size = getattr(config, key, None)
+        if size is not None and (not isinstance(size, int) or not 1 <= size <= limit):
+            raise ModelError(f"{where}: {key} must be between 1 and {limit}; got {size!r}. Download the model again.")
+        # Norms and biases are made in earnest, in every layer.
+        layers = getattr(config, "num_hidden_layers", None) or 1
+        if size is not None and key not in ("num_hidden_layers", "vocab_size") and size * layers > MAX_LAYERS_TIMES_SIZE:
+            raise ModelError(f"{where}: {layers} layers of {key} {size} are more than any model has. Download the model again.")
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Makes torch.empty allocate nothing. Modules make their weights with it; computed buffers are made otherwise."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def build_skeleton(config: PretrainedConfig, where: str) -> PreTrainedModel:
+    """The causal language model of `config`: weights on the meta device, buffers such as rotary frequencies real.
+
+    Takes no random numbers and no memory to speak of. Raises ModelError where the configuration contradicts itself.
+    """
+    config.dtype = torch.float32
+    try:
+        with _EmptyOnMeta():
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (*CONFIG_ERRORS, RuntimeError, IndexError) as error:
+        raise ModelError(f"{where}: no model can be built from this configuration; {_one_line(error)}.") from error
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta:
+            raise ModelError(f"{where}: {config.model_type} models are not supported; buffer {name} has no value.")
+    return model.eval()
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(".")

@@ -1,0 +1,78 @@
+"""How each weight of a model is to be stored: kept as it is, converted to a dense dtype, or quantised to NF4."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from luthier.adapters.targets import is_inside, named_by
+from luthier.config import NF4Options, Storage
+from luthier.errors import ConfigError, ModelError, NumericError, PreflightError, bulleted, nearest
+from luthier.matrices import DenseMatrix, Matrix, NF4Matrix
+from luthier.matrices.dense import STORAGE_DTYPES
+from luthier.models.checkpoint import WeightSource
+
+F16_LARGEST = torch.finfo(torch.float16).max
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """The model's linear layers, GPT-2's Conv1D among them, before they are replaced."""
+    return [name for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)]
+
+
+def kept_modules(linear: list[str], head: str, options: NF4Options) -> list[str]:
+    """The linear layers that stay as they are when the others go to NF4: the head, and what `skip_modules` names.
+
+    An entry names a module by its whole name or by its end after a dot, and everything inside it.
+    Raises ConfigError for entries that match nothing.
+    """
+    problems = []
+    kept = {head}
+    for entry in options.skip_modules:
+        found = [name for name in linear if any(named_by(part, [entry]) for part in _path(name))]
+        kept.update(found)
+        if not found:
+            known = list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
+            problems.append(f"{entry!r} matches nothing.{nearest(entry, known)} Known: {', '.join(known)}.")
+    if problems:
+        raise ConfigError(f"every entry of skip_modules must match a linear layer:\n{bulleted(problems)}")
+    return [name for name in linear if is_inside(name, kept)]
+
+
+def _path(name: str) -> list[str]:
+    """`a.b.c` -> [`a`, `a.b`, `a.b.c`]"""
+    parts = name.split(".")
+    return [".".join(parts[: end + 1]) for end in range(len(parts))]
+
+
+def stored_as(source: WeightSource, name: str) -> str:
+    """The kind a tensor has in its source: f32, bf16, f16, nf4, or a type of GGUF blocks. F64 counts as f32."""
+    dtype = source.dtype(name)
+    return source.kind(name) or next((kind for kind, known in STORAGE_DTYPES.items() if known == dtype), "f32")
+
+
+def read_matrix(source: WeightSource, name: str, key: str, wanted: Storage | str, transposed: bool, *, double: bool) -> Matrix:
+    """One tensor of `source` as a matrix stored as `wanted`: mapped where it stays as it is, else read, converted, let go.
+
+    key: its name in the model, for errors. transposed: it lies (in, out). Raises ModelError where f16 cannot hold it,
+    PreflightError where NF4 meets NaN or Inf.
+    """
+    kind = stored_as(source, name)
+    if wanted == kind and source.kind(name):
+        return source.matrix(name)
+    if wanted == kind and source.dtype(name) in STORAGE_DTYPES.values():
+        return DenseMatrix(source.tensor(name, mapped=True), transposed)
+    tensor = source.tensor(name, mapped=False)
+    if wanted == "nf4":
+        return _quantized(tensor.T if transposed else tensor, key, double)
+    if wanted == "f16" and tensor.abs().max() > F16_LARGEST:
+        raise ModelError(f"f16 holds numbers up to 65504; {key} has larger ones. Try bf16 or f32 as the base storage.")
+    return DenseMatrix(tensor.to(STORAGE_DTYPES[wanted]), transposed)
+
+
+def _quantized(weight: Tensor, key: str, double: bool) -> NF4Matrix:
+    try:
+        return NF4Matrix.quantize(weight.to(torch.float32) if weight.dtype == torch.float64 else weight, double=double)
+    except NumericError as error:
+        raise PreflightError(f"the base weights must be finite; {key}: {error} Download the model again.") from error

@@ -1,0 +1,228 @@
+"""GGUF models: logits equal the Transformers model they were made from; quantized blocks dequantize as gguf.quants has it."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+from gguf_tiny import ARCHITECTURES, random_model, write_gguf
+from transformers import AutoModelForCausalLM
+
+from luthier.errors import ModelError
+from luthier.models.gguf_checkpoint import BLOCKS, GGUFCheckpoint
+from luthier.models.gguf_config import config_content
+from luthier.models.gguf_file import read_gguf
+from luthier.models.gguf_names import to_gguf, to_transformers
+from luthier.models.load import load
+
+IDS = torch.arange(3, 83).reshape(2, 40)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+
+
+def assert_same_logits(loaded: Any, reference: Any) -> None:
+    with torch.no_grad():
+        actual, expected = loaded(input_ids=IDS).logits, reference(input_ids=IDS).logits
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("family", "tied"),
+    [(family, tied) for family in ARCHITECTURES for tied in (True, False) if (family, tied) != ("gemma2", False)],
+)
+def test_logits_equal_those_of_the_source(tmp_path: Path, family: str, tied: bool) -> None:
+    layers = 7 if family == "gemma3" else 2  # of Gemma 3's layers every sixth is another kind
+    source = random_model(family, num_hidden_layers=layers, tie_word_embeddings=tied)
+    loaded = load(str(write_gguf(tmp_path / "tiny.gguf", source, family)))
+    assert type(loaded.model) is type(source)
+    assert loaded.source.kind == "gguf"
+    assert (loaded.model.get_output_embeddings().weight is loaded.model.get_input_embeddings().weight) == tied
+    assert set(loaded.model.state_dict()) == set(source.state_dict())
+    assert_same_logits(loaded.model, source)
+
+
+@pytest.mark.parametrize("kind", [Kind.F16, Kind.BF16, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0])
+def test_stored_types(tmp_path: Path, kind: Kind) -> None:
+    """16-bit types and blocks stay as stored, and hold exactly the numbers that gguf.quants reads."""
+    source = random_model("llama")
+    loaded = load(str(write_gguf(tmp_path / "tiny.gguf", source, "llama", kind)))
+    stored = {Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}.get(kind, torch.uint8)
+    assert loaded.model.model.layers[0].mlp.up_proj.weight.dtype == stored
+    assert loaded.model.dtype == (torch.float32 if stored == torch.uint8 else stored)
+    rounded = {
+        name: torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(value.numpy(), kind), kind))
+        if value.ndim == 2
+        else value
+        for name, value in source.state_dict().items()
+    }
+    source.load_state_dict(rounded)
+    assert_same_logits(loaded.model, source)
+    assert torch.equal(
+        loaded.model.model.layers[1].self_attn.q_proj.matrix.dequantize(), rounded["model.layers.1.self_attn.q_proj.weight"]
+    )
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc/self/maps")
+def test_blocks_are_mapped_and_rows_that_move_are_copied(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", random_model("llama"), "llama", Kind.Q4_1)
+    model = load(str(path)).model
+    gc.collect()
+    lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(path))]
+    ranges = [[int(edge, 16) for edge in line.split()[0].split("-")] for line in lines]
+
+    def mapped(module: Any) -> bool:
+        return any(start <= module.weight.data_ptr() < end for start, end in ranges)
+
+    layer = model.model.layers[0]
+    assert mapped(layer.mlp.up_proj)
+    assert mapped(layer.self_attn.v_proj)
+    assert mapped(model.model.embed_tokens)
+    assert not mapped(layer.self_attn.q_proj)
+    assert not mapped(layer.self_attn.k_proj)
+
+
+@pytest.mark.parametrize("kind", [Kind.Q2_K, Kind.Q3_K])
+def test_types_without_a_kernel_are_widened_with_a_note(tmp_path: Path, kind: Kind) -> None:
+    source = random_model("llama", hidden_size=256, intermediate_size=256)
+    path = write_gguf(tmp_path / "tiny.gguf", source, "llama", Kind.F16)
+    plain = load(str(path))
+    assert plain.notes == []
+    file = read_gguf(path)
+    size = gguf.GGML_QUANT_SIZES[kind][1]
+    tensor = file.tensors["blk.0.ffn_up.weight"]
+    small = dataclasses.replace(tensor, kind=kind, size_bytes=256 * size)
+    checkpoint = GGUFCheckpoint(dataclasses.replace(file, tensors=file.tensors | {tensor.name: small}), 4, 2)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert checkpoint.kind(name) is None
+    assert checkpoint.tensor(name, mapped=True).dtype == torch.float32
+    assert checkpoint.widened() == f"{kind.name} has no kernel here: such weights are held in float32."
+
+
+@pytest.mark.parametrize("base", ["f32", "bf16", "f16"])
+def test_base_converts(tmp_path: Path, base: str) -> None:
+    source = random_model("llama")
+    loaded = load(str(write_gguf(tmp_path / "tiny.gguf", source, "llama", Kind.Q8_0)), base=base)  # type: ignore[arg-type]
+    exact = load(str(tmp_path / "tiny.gguf"), base="f32")
+    wanted = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}[base]
+    for name, value in loaded.model.state_dict().items():
+        assert value.dtype == (torch.float32 if value.ndim == 1 else wanted), name
+        assert torch.equal(value, exact.model.state_dict()[name].to(value.dtype)), name
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_every_block_type_dequantizes_as_gguf_does(tmp_path: Path, kind: Kind) -> None:
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    rows, columns = 6, 2 * max(block, 256)
+    data = np.random.default_rng(0).integers(0, 60, (rows, columns // block * block_bytes), np.uint8)  # finite as f16 too
+    writer = gguf.GGUFWriter(tmp_path / "one.gguf", "llama")
+    writer.add_tensor("blk.0.ffn_up.weight", data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    checkpoint = GGUFCheckpoint(read_gguf(tmp_path / "one.gguf"), 2, 2)
+    (name,) = checkpoint.names()
+    assert name == "model.layers.0.mlp.up_proj.weight"
+    assert checkpoint.shape(name) == (rows, columns)
+    expected = torch.from_numpy(gguf.quants.dequantize(data, kind))
+    assert torch.equal(checkpoint.tensor(name, mapped=True), expected)
+
+
+def test_llama3_rope_scaling(tmp_path: Path) -> None:
+    """The converter writes Llama 3's scaling as one factor a frequency."""
+    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope["original_max_position_embeddings"] = 32
+    source = random_model("llama", rope_parameters=rope)
+    plain = 1.0 / 500000.0 ** (np.arange(0, 16, 2, dtype=np.float32) / 16)
+    factors = plain / source.model.rotary_emb.inv_freq.numpy()
+    assert factors.max() > 4
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, source, "llama", extra={"rope_freqs.weight": factors.astype(np.float32)})
+    assert_same_logits(load(str(path)).model, source)
+
+
+def test_phi3_long_rope(tmp_path: Path) -> None:
+    short, long = [1.0 + 0.1 * i for i in range(8)], [2.0 + 0.3 * i for i in range(8)]
+    for original in (16, 64):  # shorter than the text: the long factors; longer: the short ones
+        rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": short, "long_factor": long}
+        rope |= {"original_max_position_embeddings": original}
+        source = random_model(
+            "phi3", rope_parameters=rope, original_max_position_embeddings=original, max_position_embeddings=512
+        )
+        path = tmp_path / f"tiny{original}.gguf"
+        extra = {
+            "rope_factors_short.weight": np.array(short, np.float32),
+            "rope_factors_long.weight": np.array(long, np.float32),
+        }
+        factor = float(source.model.rotary_emb.attention_scaling)
+        assert factor > 1
+        write_gguf(path, source, "phi3", extra=extra, **{"ARCH.rope.scaling.attn_factor": factor})
+        assert_same_logits(load(str(path)).model, source)
+
+
+def test_llama_biases_and_unequal_head_size(tmp_path: Path) -> None:
+    source = random_model("llama", attention_bias=True, mlp_bias=True, head_dim=32)
+    loaded = load(str(write_gguf(tmp_path / "tiny.gguf", source, "llama")))
+    assert loaded.model.model.layers[0].self_attn.q_proj.bias is not None
+    assert_same_logits(loaded.model, source)
+
+
+def test_names_go_both_ways() -> None:
+    for family, architecture in ARCHITECTURES.items():
+        names = gguf.get_tensor_name_map(architecture, 2)
+        for name in random_model(family, tie_word_embeddings=family == "gemma2").state_dict():
+            if family == "gemma2" and name == "lm_head.weight":
+                continue  # always tied, so gguf has no name for it
+            theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            assert to_gguf(name, family) == theirs
+            assert to_transformers(theirs, family) == name
+
+
+@pytest.mark.parametrize("architecture", ["mamba", "bert", "gpt2", "", "llama4"])
+def test_other_architectures_are_refused_by_name(tmp_path: Path, architecture: str) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", random_model("llama"), "llama", **{"general.architecture": architecture})
+    file = read_gguf(path)
+    file.metadata["general.architecture"] = architecture
+    with pytest.raises(ModelError, match=rf"must be one of llama, qwen2, qwen3, gemma2, gemma3, phi3; got '{architecture}'"):
+        config_content(file)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"adapter.type": "lora"}, "holds an adapter, not a model"),
+        ({"ARCH.expert_count": 8}, "mixtures of experts are not supported"),
+        ({"ARCH.embedding_length": None}, r"llama\.embedding_length must be a positive integer; got None"),
+        ({"ARCH.block_count": 5000}, "num_hidden_layers must be between 1 and 1024; got 5000"),
+        ({"ARCH.block_count": 3}, r"model\.layers\.2\.mlp\.up_proj\.weight is missing"),
+        ({"ARCH.rope.freq_base": float("nan")}, "must be a positive number; got nan"),
+        ({"ARCH.rope.scaling.type": "weird"}, "must be none, linear or yarn; got 'weird'"),
+        ({"ARCH.attention.head_count": 7}, "not a multiple of the number of att"),
+        ({"ARCH.feed_forward_length": 100}, r"mlp\.up_proj\.weight must be \(100, 64\); it is \(96, 64\)"),
+        ({"tokenizer.ggml.model": "rwkv"}, r"tokenizer\.ggml\.model must be gpt2 or llama; got 'rwkv'"),
+        ({"tokenizer.ggml.pre": "unheard-of"}, r"tokenizer\.ggml\.pre must be one of .*; got 'unheard-of'"),
+    ],
+)
+def test_metadata_that_makes_no_model(tmp_path: Path, keys: dict[str, Any], message: str) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", random_model("llama"), "llama", **keys)
+    with pytest.raises(ModelError, match=message):
+        load(str(path))
+
+
+def test_generates_as_the_source_does(tmp_path: Path) -> None:
+    source: AutoModelForCausalLM = random_model("qwen2")
+    model, tokenizer = load(str(write_gguf(tmp_path / "tiny.gguf", source, "qwen2")))
+    ids = tokenizer("The quick brown", return_tensors="pt").input_ids
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, **options), source.generate(ids, **options))
+    assert model.generation_config.eos_token_id == 2
