@@ -1,0 +1,1 @@
+"""What a model does on rows it has not seen: loss, answers, and conversation."""
