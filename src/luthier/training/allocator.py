@@ -1,0 +1,37 @@
+"""What the C library does with memory that tensors let go of: keeps it for the next ones, or gives it back."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import platform
+
+from luthier.kernels.memory import keep_freed_memory
+
+MALLOC_MMAP_THRESHOLD, MALLOC_TRIM_THRESHOLD = -3, -1
+LARGE_BLOCK_BYTES = 1 << 20
+
+
+def set_freed_memory_kept(kept: bool) -> None:
+    """kept: what was freed stays in the process for the next tensors; faster, but blocks of different sizes leave gaps.
+
+    Otherwise each block of 1 MiB or more is mapped by itself and leaves the process when it is freed: a step holds no
+    more than its tensors, and each of their pages costs a page fault again, up to a fifth of a step. glibc only, for
+    which alone this is known to matter.
+    """
+    if kept:
+        keep_freed_memory()
+    elif _is_glibc():
+        ctypes.CDLL(None).mallopt(MALLOC_TRIM_THRESHOLD, LARGE_BLOCK_BYTES)
+        ctypes.CDLL(None).mallopt(MALLOC_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
+
+
+def release_free_memory() -> None:
+    """Give what is free in this process back to the system, where the C library can."""
+    gc.collect()
+    if _is_glibc():
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _is_glibc() -> bool:
+    return platform.libc_ver()[0] == "glibc"

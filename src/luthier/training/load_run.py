@@ -1,0 +1,77 @@
+"""Load what a person points at: a run directory with what it trained, or a model, with or without an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from luthier.adapters import load_adapter
+from luthier.config import NF4Options, RunConfig, Storage, make_config
+from luthier.errors import ConfigError
+from luthier.models.load import load
+from luthier.training import rundir
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Target:
+    """A model in evaluation mode and its tokenizer. adapter: the folder of the adapter attached, None without one;
+    run_dir: the run it comes from, None for a plain model; name: what to call it."""
+
+    model: Any
+    tokenizer: Any
+    adapter: str | None
+    run_dir: Path | None
+    name: str
+
+
+def load_target(
+    target: str,
+    *,
+    adapter: str | None = None,
+    base: Storage | None = None,
+    offline: bool = False,
+    progress: Progress | None = None,
+) -> Target:
+    """Load a run directory's tuned model, or any model; `adapter` is put on it, in place of the run's own.
+
+    base: how matrices are stored; None takes the run's setting, or the model's own. Raises ConfigError for a run that
+    is not finished, and what loading a model or an adapter raises.
+    """
+    path = Path(target).expanduser()
+    run_dir = path if (path / rundir.CONFIG).is_file() else None
+    model_name, nf4 = target, NF4Options()
+    if run_dir is not None:
+        config = make_config(rundir.read_config(run_dir))
+        model_name, own_adapter = _run_parts(run_dir, config)
+        adapter, base, offline = adapter or own_adapter, base or config.storage, offline or config.offline
+        nf4 = config.nf4_options
+    loaded = load(model_name, base=base, nf4=nf4, offline=offline, progress=progress)
+    if adapter is not None:
+        load_adapter(loaded.model, adapter)
+    loaded.model.eval()
+    return Target(loaded.model, loaded.tokenizer, adapter, run_dir, target)
+
+
+def load_base(tuned: Target, *, base: Storage | None = None, offline: bool = False, progress: Progress | None = None) -> Target:
+    """The model that a run of `method: full` started from. Drops the tuned model first, so that one at a time is held.
+
+    tuned: what `load_target` gave for that run; it has no model afterwards. Raises ConfigError where it is not of a run.
+    """
+    if tuned.run_dir is None:
+        raise ConfigError(f"only a run knows the model it was tuned from; {tuned.name} is not a run directory.")
+    config = make_config(rundir.read_config(tuned.run_dir))
+    tuned.model = None
+    return load_target(config.model, base=base or config.base, offline=offline or config.offline, progress=progress)
+
+
+def _run_parts(run_dir: Path, config: RunConfig) -> tuple[str, str | None]:
+    """The model to load for a run and the adapter to put on it."""
+    if not rundir.is_finished(run_dir):
+        raise ConfigError(f"the run must be finished; {run_dir} is not. Finish it with `luthier resume {run_dir}`.")
+    if config.method == "full":
+        return str(run_dir / rundir.MODEL), None
+    return config.model, str(run_dir / rundir.ADAPTER)

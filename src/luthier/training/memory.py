@@ -1,0 +1,65 @@
+"""How much memory this process uses, how much there is, and what to say when it runs out."""
+
+from __future__ import annotations
+
+import re
+import resource
+import sys
+from pathlib import Path
+
+import psutil
+
+from luthier.config import RunConfig
+
+CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+def rss_bytes() -> int:
+    """Memory this process holds now."""
+    return psutil.Process().memory_info().rss
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process has held since it began."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return int(found[1]) * 1024 if found else rss_bytes()
+
+
+def total_bytes() -> int:
+    """Memory of the machine, or of the container where that is less."""
+    return min([psutil.virtual_memory().total, *_cgroup_limits()])
+
+
+def available_bytes() -> int:
+    """Memory that can still be had without swapping."""
+    return min([psutil.virtual_memory().available, *(limit - rss_bytes() for limit in _cgroup_limits())])
+
+
+def _cgroup_limits() -> list[int]:
+    limits = []
+    for path in CGROUP_LIMITS:
+        try:
+            text = path.read_text(encoding="ascii").strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            limits.append(int(text))
+    return limits
+
+
+def explain_out_of_memory(config: RunConfig, longest: int) -> str:
+    """What to say when an allocation has failed in the middle of a run."""
+    at_once = config.micro_batch_tokens or longest
+    tokens, half = max(at_once, longest), max(longest, at_once // 2)
+    advice = f"--set micro_batch_tokens={half}" if half < tokens else f"--max-length {max(8, longest // 2)} --on-long truncate"
+    return f"memory ran out with packs of {tokens} tokens; {rss_bytes() / 2**20:,.0f} MiB were in use. Try {advice}."
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` is a failed allocation; torch raises a plain RuntimeError for it on CPUs."""
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "not enough memory" in str(error)

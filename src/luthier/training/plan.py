@@ -1,0 +1,332 @@
+"""What a run will take in memory, time and disk, before any weight is read, and how its steps are cut so that it fits."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from luthier.adapters.spec import AdapterSpec
+from luthier.adapters.targets import low_rank_layers, resolve_saved, resolve_targets
+from luthier.config import RunConfig
+from luthier.errors import PreflightError
+from luthier.linear import LowRankEmbedding
+from luthier.training.allocator import release_free_memory, set_freed_memory_kept
+from luthier.training.blueprint import Blueprint, read_blueprint
+from luthier.training.calibrate import MEMORY_TOKENS, StandIn, TimeCosts, measure_bytes, measure_seconds, stand_in
+from luthier.training.events import Listener
+from luthier.training.footprint import FLOAT_BYTES, Footprint, Memory
+from luthier.training.memory import available_bytes, rss_bytes
+from luthier.training.prepare import (
+    RunData,
+    adapter_spec,
+    check_data_is_there,
+    check_rows_fit,
+    read_data,
+    with_absolute_paths,
+)
+from luthier.training.workload import Workload, workload
+from luthier.units import duration_text, parse_size, size_text
+
+# Packs of more tokens are no faster; of fewer than the third, the products are.
+PACK_SIZES = (2048, 1024, 512)
+SMALLER_PACKS = (256, 128, 64, 8)
+SHARE_OF_FREE = 0.8
+# Cuts are chosen to stay this far below what is allowed, since the plan is off by a few percent.
+HEADROOM = 0.97
+RUN_FILES_BYTES = 4_000_000
+LEAST_LENGTH = 64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run's figures. Sizes in bytes, of the whole process; seconds of a step without saving and evaluation.
+
+    micro_batch_tokens, recompute_layers: how steps are cut and how many layers are computed again in backward.
+    keeps_freed_memory: what tensors let go of stays for the next ones. footprint: the highest point, part by part.
+    peak_flops: of this machine; efficiency: the share of it that a step reaches, None without the native kernels.
+    suggestions: where the run does not fit, settings with which it does.
+    """
+
+    model: str
+    method: str
+    storage: str
+    micro_batch_tokens: int
+    recompute_layers: int
+    keeps_freed_memory: bool
+    layers: int
+    footprint: Footprint
+    allowed_bytes: int
+    total_steps: int
+    tokens_per_step: float
+    seconds_per_step: float
+    trainable_parameters: int
+    total_parameters: int
+    peak_flops: float | None
+    efficiency: float | None
+    disk_bytes: int
+    disk_free_bytes: int
+    suggestions: list[str] = field(default_factory=list)
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.footprint.peak_bytes
+
+    @property
+    def seconds(self) -> float:
+        return self.total_steps * self.seconds_per_step
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_bytes <= self.allowed_bytes and self.disk_bytes <= self.disk_free_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """What plan.json holds and `luthier plan --json` prints."""
+        derived = {"peak_bytes": self.peak_bytes, "load_bytes": self.footprint.load_bytes}
+        return {**derived, "seconds": self.seconds, "fits": self.fits, **asdict(self)}
+
+    def line(self) -> str:
+        """One sentence for the start of a run."""
+        again = f", {self.recompute_layers} of {self.layers} layers recomputed" if self.recompute_layers else ""
+        return (
+            f"planned: {size_text(self.peak_bytes)} of {size_text(self.allowed_bytes)} memory, "
+            f"{duration_text(self.seconds_per_step)} a step, {duration_text(self.seconds)} in all; "
+            f"packs of up to {self.micro_batch_tokens} tokens{again}."
+        )
+
+    def applied(self, config: RunConfig) -> RunConfig:
+        """The configuration with the pack size filled in, which is part of a run's numbers."""
+        return config.model_copy(update={"micro_batch_tokens": self.micro_batch_tokens})
+
+    def require_fit(self) -> None:
+        """Raise PreflightError, naming settings that fit, if the run would not."""
+        if self.fits:
+            return
+        if self.peak_bytes <= self.allowed_bytes:
+            raise PreflightError(
+                f"checkpoints and results must fit the disk; they need {size_text(self.disk_bytes)} and "
+                f"{size_text(self.disk_free_bytes)} are free. Free some space, choose another --out, or set keep_checkpoints=1."
+            )
+        raise PreflightError(
+            f"a run must fit in the memory it is allowed; it needs {size_text(self.peak_bytes)} and may have "
+            f"{size_text(self.allowed_bytes)}. {self.advice()}"
+        )
+
+    def advice(self) -> str:
+        """What to try where it does not fit."""
+        if self.suggestions:
+            return "What fits: " + "; or ".join(self.suggestions) + "."
+        return "No setting of this model fits. Try a smaller model, or a machine with more memory."
+
+
+def plan_run(config: RunConfig, listener: Listener) -> Plan:
+    """The plan of a run that is not going to be started: reads and renders the data, loads no model.
+
+    Raises DataError besides what `make_plan` raises.
+    """
+    config = with_absolute_paths(config)
+    check_data_is_there(config)
+    return make_plan(config, read_data(config, listener), listener)
+
+
+def make_plan(config: RunConfig, data: RunData, listener: Listener) -> Plan:
+    """Plan the run of `config` on rows that are rendered already: headers are read, one layer is measured, no weight loaded.
+
+    Settings that `config` leaves open are chosen: the largest packs that fit with everything kept; failing that, packs of
+    512 tokens, freed memory given back and as few recomputed layers as fit; failing that, smaller packs. Takes a second or two.
+    Raises ConfigError, ModelError, AdapterError, PreflightError for what is wrong already. Whether it fits is in the result.
+    """
+    listener.stage("planning", 0, 0)
+    blueprint = read_blueprint(config, listener)
+    check_rows_fit(blueprint.skeleton, data)
+    load = workload(config, data.train.examples)
+    targets, trained = count_trained(blueprint, config)
+    largest = load.packing(config.micro_batch_tokens or PACK_SIZES[0])
+    set_freed_memory_kept(False)
+    with torch.random.fork_rng(devices=[]):
+        sample = stand_in(blueprint, config, targets, largest.supervised_largest)
+        costs = measure_bytes(sample, MEMORY_TOKENS, load.usual_length)
+        memory = Memory(_runtime_bytes(sample), blueprint, costs, trained, config.method == "full")
+        planner = Planner(config, load, memory, allowed_bytes(config))
+        cut, fits = planner.cut()
+        set_freed_memory_kept(cut.keeps_freed)
+        usual = round(load.tokens_per_step / load.packing(cut.tokens).packs)
+        times = measure_seconds(sample, usual, load.usual_length, trained)
+    del sample
+    release_free_memory()
+    plan = planner.figures(cut, times)
+    return plan if fits or plan.fits else replace(plan, suggestions=planner.suggestions())
+
+
+def _runtime_bytes(sample: StandIn) -> int:
+    """What the process holds, kernels' scratch memory included, without the stand-in for the model."""
+    release_free_memory()
+    own = [*sample.model.parameters(), *sample.model.buffers(), *sample.head.linear.parameters(), sample.rows]
+    return rss_bytes() - sum({tensor.data_ptr(): tensor.nbytes for tensor in own}.values())
+
+
+def allowed_bytes(config: RunConfig) -> int:
+    """What the process may hold: `config.memory`, by default 80 % of what is free, and never more than there is."""
+    held, free = rss_bytes(), available_bytes()
+    if config.memory is None:
+        return int(held + SHARE_OF_FREE * free)
+    return min(parse_size(config.memory), held + free)
+
+
+def count_trained(blueprint: Blueprint, config: RunConfig) -> tuple[list[str], int]:
+    """The layers that will carry terms, and how many numbers will train. Raises AdapterError where a target matches nothing."""
+    skeleton = blueprint.skeleton
+    if config.method == "full":
+        return [], sum(parameter.numel() for parameter in skeleton.parameters())
+    spec = adapter_spec(config)
+    saved = resolve_saved(skeleton, spec.modules_to_save) if spec.modules_to_save else []
+    targets = resolve_targets(skeleton, spec, saved)
+    whole = sum(parameter.numel() for name in saved for parameter in skeleton.get_submodule(name).parameters())
+    return targets, whole + sum(_term_numbers(skeleton, spec, target) for target in targets)
+
+
+def _term_numbers(skeleton: nn.Module, spec: AdapterSpec, target: str) -> int:
+    layer = low_rank_layers(skeleton)[target]
+    rows, columns = layer.matrix.shape
+    lengths = columns if isinstance(layer, LowRankEmbedding) else rows
+    return spec.rank_of(target) * (rows + columns) + (lengths if spec.has_magnitude else 0)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How steps are done: tokens of a pack at most, layers computed again, and whether freed memory is kept."""
+
+    tokens: int
+    recomputed: int
+    keeps_freed: bool
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Chooses how steps are cut, given what everything costs."""
+
+    config: RunConfig
+    load: Workload
+    memory: Memory
+    allowed: int
+
+    @property
+    def layers(self) -> int:
+        return self.memory.blueprint.layers
+
+    def cut(self) -> tuple[Cut, bool]:
+        """The fastest cut that fits and True, or the smallest there is and False."""
+        for cut in self._cuts():
+            if self._peak(cut) <= HEADROOM * self.allowed:
+                return cut, True
+        return min(self._cuts(), key=self._peak), False
+
+    def _cuts(self) -> Iterator[Cut]:
+        """All cuts that the configuration leaves open, the ones to be preferred first.
+
+        Freed memory is only kept where no layer is recomputed: between what layers make twice the gaps grow large.
+        """
+        own, fixed = self.config.micro_batch_tokens, self.config.recompute_layers
+        if not fixed:
+            yield from (Cut(tokens, 0, True) for tokens in ([own] if own else PACK_SIZES))
+        for tokens in [own] if own else [*(PACK_SIZES if fixed else PACK_SIZES[-1:]), *SMALLER_PACKS]:
+            for recomputed in range(self.layers + 1) if fixed is None else [fixed]:
+                yield Cut(tokens, recomputed, False)
+
+    def _peak(self, cut: Cut) -> int:
+        return self.footprint(cut).peak_bytes
+
+    def footprint(self, cut: Cut) -> Footprint:
+        return self.memory.footprint(self.load.packing(cut.tokens), cut.recomputed, keeps_freed=cut.keeps_freed)
+
+    def figures(self, cut: Cut, times: TimeCosts) -> Plan:
+        blueprint = self.memory.blueprint
+        seconds = self.seconds_per_step(cut, times)
+        adapter = 0 if self.memory.trains_base else self.memory.trained
+        return Plan(
+            model=self.config.model,
+            method=self.config.method,
+            storage=", ".join(dict.fromkeys(blueprint.storages.values())),
+            micro_batch_tokens=cut.tokens,
+            recompute_layers=cut.recomputed,
+            keeps_freed_memory=cut.keeps_freed,
+            layers=self.layers,
+            footprint=self.footprint(cut),
+            allowed_bytes=self.allowed,
+            total_steps=self.load.total_steps,
+            tokens_per_step=self.load.tokens_per_step,
+            seconds_per_step=seconds,
+            trainable_parameters=self.memory.trained,
+            total_parameters=sum(parameter.numel() for parameter in blueprint.skeleton.parameters()) + adapter,
+            peak_flops=times.peak_flops,
+            efficiency=self.flops_per_step(times) / seconds / times.peak_flops if times.peak_flops else None,
+            disk_bytes=self._disk_bytes(),
+            disk_free_bytes=shutil.disk_usage(_existing(Path(self.config.out or "."))).free,
+        )
+
+    def seconds_per_step(self, cut: Cut, times: TimeCosts) -> float:
+        """Layers at the usual pack, the second forward of recomputed ones, the head on supervised tokens, the optimiser."""
+        packs = self.load.packing(cut.tokens).packs
+        usual = self.load.tokens_per_step / packs
+        once = times.forward.at(usual)
+        layers = packs * (self.layers * (once + times.backward.at(usual)) + cut.recomputed * once)
+        return layers + self.load.supervised_per_step * times.head + times.optimizer
+
+    def flops_per_step(self, times: TimeCosts) -> float:
+        """Products with frozen weights, forward and backward once each: what any implementation has to compute."""
+        layers = self.layers * times.layer_flops * self.load.tokens_per_step
+        return layers + times.head_flops * self.load.supervised_per_step
+
+    def _disk_bytes(self) -> int:
+        """Checkpoints, one more than is kept while a new one is written, and the result."""
+        weights = self.memory.trained * FLOAT_BYTES
+        return (self.config.keep_checkpoints + 1) * 3 * weights + weights + RUN_FILES_BYTES
+
+    def suggestions(self) -> list[str]:
+        """Settings close to the configuration's with which the run fits, as flags."""
+        found = []
+        chosen = self.config.micro_batch_tokens or self.config.recompute_layers is not None
+        if chosen and self._with({"micro_batch_tokens": None, "recompute_layers": None}).cut()[1]:
+            found.append("leave micro_batch_tokens and recompute_layers to the plan")
+        for method in ("lora", "qlora"):
+            closer = self.config.method == "full" or (method == "qlora" and self.config.method == "lora")
+            if closer and self.config.storage not in ("nf4", "asis") and self._with({"method": method, "base": None}).cut()[1]:
+                found.append(f"--method {method}")
+        if length := self._fitting_length():
+            found.append(f"--max-length {length} --on-long truncate")
+        smallest = min(map(self._peak, self._cuts()))
+        if smallest <= rss_bytes() + available_bytes():
+            found.append(f"--memory {smallest // 10**6 + 1}MB, which is there")
+        return found
+
+    def _with(self, changes: dict[str, Any]) -> Planner:
+        """The planner of a changed configuration; costs of a token are taken to stay as they are."""
+        config = self.config.model_copy(update=changes)
+        memory = self.memory
+        if "method" in changes:
+            blueprint = read_blueprint(config, Listener())
+            memory = replace(memory, blueprint=blueprint, trained=count_trained(blueprint, config)[1], trains_base=False)
+        return replace(self, config=config, memory=memory)
+
+    def _fitting_length(self) -> int | None:
+        """The largest multiple of 8 to which rows can be cut so that the run fits, if there is one below the longest."""
+        free = self._with({"micro_batch_tokens": None})
+        fitting, too_long = 0, self.load.longest // 8 + 1
+        while too_long - fitting > 1:
+            middle = (fitting + too_long) // 2
+            if replace(free, load=self.load.truncated(8 * middle)).cut()[1]:
+                fitting = middle
+            else:
+                too_long = middle
+        return 8 * fitting if LEAST_LENGTH <= 8 * fitting < self.load.longest else None
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above `path` that is there."""
+    path = path.expanduser().absolute()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
