@@ -1,0 +1,87 @@
+"""The command line: one file a command, parsing only. Nothing here imports torch before a command needs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+import luthier
+from luthier.cli import chat, data, doctor, evaluate, plan, quantize, runs, train
+from luthier.errors import LuthierError
+
+INTERNAL_ERROR = 1
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="luthier",
+    help="Fine-tune language models with LoRA on the machine you have.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"luthier {luthier.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; goes anywhere on the line.")] = False,
+) -> None:
+    """Read by `run` before typer sees the line; declared here so that --help lists them."""
+
+
+app.command("train")(train.train)
+app.command("resume")(train.resume)
+app.command("plan")(plan.plan)
+app.command("eval")(evaluate.evaluate)
+app.command("chat")(chat.chat)
+app.command("quantize")(quantize.quantize)
+app.command("doctor")(doctor.doctor)
+app.add_typer(runs.app, name="runs")
+app.add_typer(data.app, name="data")
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """Entry point of the `luthier` command. Ends the process with the exit code that fits what happened.
+
+    0 done, 2 usage or configuration, 3 will not fit or failed preflight, 4 data, 5 numeric, 130 interrupted;
+    1 only for a fault of Luthier's own.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments or os.environ.get("LUTHIER_DEBUG", "") not in ("", "0")
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    caught: BaseException
+    try:
+        app(arguments, prog_name="luthier")
+    except LuthierError as error:
+        code, message, caught = error.exit_code, str(error), error
+    except KeyboardInterrupt as error:
+        code, message, caught = INTERRUPTED, "interrupted", error
+    except BrokenPipeError:
+        # The reader of a pipe has left; the flush at exit must not complain about it again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(INTERNAL_ERROR)
+    except Exception as error:  # noqa: BLE001 - the edge of the program: a fault of ours still ends in one message
+        code, caught = INTERNAL_ERROR, error
+        fault = f"{type(error).__name__}: {error}"
+        message = f"this is a fault in luthier, not yours: {fault}. Run again with --debug and report what it shows."
+    else:
+        return
+    if debug:
+        traceback.print_exception(caught)
+    typer.echo(f"error: {message}", err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,86 @@
+"""The edge of the program: help, exit codes, and one message for a person's mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import luthier
+from luthier.cli.main import run
+
+
+def invoke(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `luthier ...`, in this process."""
+    code = 0
+    try:
+        run(list(arguments))
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_help_needs_neither_torch_nor_pydantic() -> None:
+    program = (
+        "import sys\n"
+        "from luthier.cli.main import run\n"
+        "try:\n    run(['--help'])\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "heavy = {'torch', 'transformers', 'pydantic', 'numpy', 'pyarrow', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "train" in done.stdout
+
+
+def test_import_is_lazy_and_names_resolve() -> None:
+    program = "import sys, luthier\nassert 'torch' not in sys.modules\nassert callable(luthier.load) and 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
+    assert all(getattr(luthier, name) is not None for name in luthier.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        _ = luthier.trian
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke(capsys, "--version") == (0, f"luthier {luthier.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["train"], 2, "error: data is needed."),
+        (["train", "x.jsonl", "--method", "prefix"], 2, "error: method must be 'lora', 'qlora' or 'full'; got 'prefix'."),
+        (["train", "x.jsonl", "--rank", "0"], 2, "error: rank must be greater than or equal to 1; got 0."),
+        (["train", "x.jsonl", "--set", "rnk=3"], 2, "error: unknown key 'rnk'. Did you mean 'rank'?"),
+        (["train", "x.jsonl", "--epochs", "1", "--steps", "2"], 2, "error: give epochs or steps, not both."),
+        (["train", "x.jsonl", "--config", "absent.yaml"], 2, "error: the config file must be readable UTF-8; absent.yaml"),
+        (
+            ["eval", "smollm2-135m", "--data", "x.jsonl", "--metrics", "exct"],
+            2,
+            "error: --metrics takes loss, exact; got 'exct'. Did you",
+        ),
+        (["train", "x.jsonl", "--rnk", "3"], 2, "No such option: --rnk"),
+        (["trian"], 2, "No such command 'trian'"),
+    ],
+)
+def test_mistakes_on_the_line(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, message: str) -> None:
+    got, out, err = invoke(capsys, *arguments)
+    assert (got, out) == (code, "")
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_debug_shows_the_traceback_anywhere_on_the_line(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = invoke(capsys, "train", "x.jsonl", "--debug", "--rank", "0")
+    assert code == 2
+    assert "Traceback" in err
+
+
+def test_runs_ls_of_an_empty_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, out, _ = invoke(capsys, "runs", "ls", "--root", str(tmp_path), "--json")
+    assert code == 0
+    assert json.loads(out) == {"runs": []}
