@@ -196,6 +196,19 @@ def test_default_run_directory(
     assert invoke(capsys, "resume", str(tmp_path / run), "--json")[0] == 0
 
 
+def test_doctor_bench_adds_the_kernels(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"op": "forward", "shape": "1x2x3", "storage": "nf4", "bound": "fma", "seconds": 1e-3, "rate": 1e9, "share": 0.5}
+    row |= {"target": 0.85, "ratios": {"torch": 1.5}, "peer_targets": {}}
+    bounds = {"fma": 2e11, "read": 2e10, "copy": 2e10}
+    result = {"threads": 2, "instruction_set": "avx2", "bounds": bounds, "rows": [row]}
+    monkeypatch.setattr("luthier.kernels.bench.quick_bench", lambda _progress: result)
+    _, out, _ = invoke(capsys, "doctor", "--bench")
+    assert "2 threads, avx2: multiply-adds 200 GFLOP/s" in out
+    assert "1x2x3" in out
+    _, out, _ = invoke(capsys, "doctor", "--bench", "--json")
+    assert json.loads(out)["bench"] == result
+
+
 def test_doctor_prints_facts(capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = invoke(capsys, "doctor", "--json")
     facts = json.loads(out)

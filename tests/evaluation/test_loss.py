@@ -118,12 +118,34 @@ def test_an_adapted_model_from_load_gets_the_plain_gradients(storage, tiny_llama
 def test_a_frozen_head_sees_each_row_once_and_only_a_chunk_at_a_time(monkeypatch) -> None:
     monkeypatch.setattr(loss_module, "MIN_CHUNK_ROWS", 8)
     monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", 1)
-    linear = LowRankLinear(DenseMatrix(torch.randn(50, 16)))
+    linear = torch.nn.Linear(16, 50, bias=False).requires_grad_(False)
     seen = []
     linear.register_forward_hook(lambda _module, inputs, _output: seen.append(len(inputs[0])))
     hidden = torch.randn(30, 16, requires_grad=True)
     linear_cross_entropy(hidden, Head(linear, None, 1.0), torch.zeros(30, dtype=torch.int64)).backward()
     assert seen == [8, 8, 8, 6]
+
+
+@pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (3.0, 0.5)])
+def test_a_bare_frozen_matrix_goes_to_the_kernel(softcap, scale, monkeypatch) -> None:
+    linear, targets = LowRankLinear(DenseMatrix(torch.randn(50, 16)), torch.randn(50)), torch.arange(30)
+    called = []
+    kernel = loss_module.kernel_cross_entropy
+    monkeypatch.setattr(loss_module, "kernel_cross_entropy", lambda *a, **b: called.append(1) or kernel(*a, **b))
+    hidden = torch.randn(30, 16, requires_grad=True)
+    wide = hidden.detach().double().requires_grad_()
+    loss = linear_cross_entropy(hidden, Head(linear, softcap, scale), targets)
+    logits = scale * (wide @ linear.weight.double().T + linear.bias.double())
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    expected = F.cross_entropy(logits, targets, reduction="sum")
+    loss.backward()
+    expected.backward()
+    assert called == [1]
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(hidden.grad.double(), wide.grad, rtol=1e-4, atol=1e-5)
+    linear.terms["term"] = LowRankTerm(torch.randn(2, 16), torch.randn(50, 2), 1.0)
+    linear_cross_entropy(hidden, Head(linear, softcap, scale), targets)
+    assert called == [1]
 
 
 def test_a_model_with_a_head_of_its_own_computes_its_logits() -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from luthier.data.packing import Pack
+from luthier.kernels.head import linear_cross_entropy as kernel_cross_entropy
+from luthier.linear import LowRankLinear, enabled_terms
 from luthier.models.packed import Head, head_of, packed_hidden, packed_logits
 
 LOGITS_AT_ONCE = 1 << 23
@@ -35,9 +39,14 @@ def linear_cross_entropy(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
     """sum_i -log softmax(head(hidden_i))[targets_i], with only a chunk of rows of logits alive at any time.
 
     hidden: (S, hidden) float32; targets: (S,) int64 -> scalar float32.
-    With a frozen head the gradient to `hidden` is made in the same pass as the loss, so that logits are computed once;
-    with a trainable one (unfrozen, or with an adapter) each chunk is computed again in backward.
+    With a frozen head the gradient to `hidden` is made in the same pass as the loss, so that logits are computed once:
+    by the kernel for a bare matrix in float32 on the CPU, in torch for any other. With a trainable head (unfrozen, or
+    with an adapter) each chunk is computed again in backward.
     """
+    linear = head.linear
+    if _suits_the_kernel(linear, hidden):
+        storage, bias = linear.matrix.storage(), linear.bias
+        return kernel_cross_entropy(hidden, storage, targets, bias=bias, softcap=head.softcap, scale=head.scale)[0]
     rows = max(MIN_CHUNK_ROWS, LOGITS_AT_ONCE // head.vocabulary)
     chunks = list(zip(hidden.split(rows), targets.split(rows), strict=True))
     if not torch.is_grad_enabled():
@@ -45,6 +54,13 @@ def linear_cross_entropy(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
     if any(parameter.requires_grad for parameter in head.linear.parameters()):
         return torch.stack([checkpoint(_chunk_loss, head, *chunk, use_reentrant=False) for chunk in chunks]).sum()
     return _FrozenHeadLoss.apply(hidden, targets, head, rows)
+
+
+def _suits_the_kernel(linear: nn.Module, hidden: Tensor) -> TypeGuard[LowRankLinear]:
+    """Whether the head is one frozen matrix and nothing else, and the numbers are those that the kernel takes."""
+    bare = isinstance(linear, LowRankLinear) and not enabled_terms(linear)
+    frozen = not any(parameter.requires_grad for parameter in linear.parameters())
+    return bare and frozen and hidden.dtype == torch.float32 and hidden.device.type == "cpu"
 
 
 def _chunk_loss(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:

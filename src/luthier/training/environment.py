@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import psutil
 import torch
 
 import luthier
+from luthier import kernels
 from luthier.config import DEFAULT_MODEL
 from luthier.errors import LuthierError
 from luthier.models.cache import cache_root
@@ -81,11 +81,8 @@ def describe_cache() -> dict[str, Any]:
 
 
 def kernels_in_use() -> dict[str, Any]:
-    """Which implementation multiplies in this process: Luthier's own kernels once they are imported, else torch's."""
-    report = getattr(sys.modules.get("luthier.kernels"), "active", None)
-    if report is None:
-        return {"mode": "torch", "reason": "no kernels of Luthier's own are loaded", "instruction_set": None}
-    active = report()
+    """Which implementation multiplies in this process: the compiled kernels, or their references in torch, and why."""
+    active = kernels.active()
     return {"mode": active.mode, "reason": active.reason, "instruction_set": active.instruction_set}
 
 
