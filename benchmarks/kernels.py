@@ -35,6 +35,7 @@ from luthier.kernels.storage import KINDS
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 BITSANDBYTES_TARGETS = {512: 1.9, 64: 5.0, 1: 30.0}
 THREADS_TARGET = 1.85
+SUPERBLOCK = 256
 
 
 def main() -> None:
@@ -81,6 +82,8 @@ def all_cases() -> list[tuple[str, Callable[[], Case]]]:
     cases = []
     for tokens, inputs, outputs in LINEAR_TARGETS:
         kinds = KINDS if (tokens, inputs, outputs) == (512, 4096, 4096) else TARGET_STORAGES
+        # Rows of 576 hold no whole superblocks, so the formats that have them cannot store such a matrix.
+        kinds = [kind for kind in kinds if not kind.endswith("_k") or inputs % SUPERBLOCK == 0]
         cases += [("linear", case) for kind in kinds for case in linear_cases(tokens, inputs, outputs, kind)]
     cases += [("linear", case) for kind in KINDS for case in linear_cases(1, 4096, 4096, kind)]
     if importlib.util.find_spec("bitsandbytes") is not None:
