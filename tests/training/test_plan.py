@@ -155,10 +155,10 @@ def test_recomputing_everything_needs_one_layer_at_a_time() -> None:
 def test_what_does_not_fit_gets_the_nearest_that_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "available_bytes", lambda: 0)
     monkeypatch.setattr(planning, "rss_bytes", lambda: 0)
-    pinned = planner(300, micro_batch_tokens=2048)
+    pinned = planner(300, method="qlora", micro_batch_tokens=2048)
     assert pinned.cut()[1] is False
     assert pinned.suggestions() == ["leave micro_batch_tokens and recompute_layers to the plan"]
-    long = planner(300, length=2048)
+    long = planner(300, length=2048, method="qlora")
     assert long.cut()[1] is False
     (advice,) = long.suggestions()
     fitting = int(advice.removeprefix("--max-length ").removesuffix(" --on-long truncate"))
