@@ -29,7 +29,9 @@ fix: $(BIN)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/python docs/make_cli.py
 
-# Needs TRAIN and VALID, two files of the same form: make bench TRAIN=train.jsonl VALID=valid.jsonl
+# On the example task, or on two files of the same form: make bench TRAIN=train.jsonl VALID=valid.jsonl
+TRAIN ?= examples/requests/train.jsonl
+VALID ?= examples/requests/valid.jsonl
 bench: $(BIN)/.dev model
 	$(BIN)/python benchmarks/parity.py --train "$(TRAIN)" --valid "$(VALID)"
 

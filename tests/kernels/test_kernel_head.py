@@ -158,3 +158,15 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 def test_peak_extra_memory_at_4096_rows_and_49152_tokens():
     run = subprocess.run([sys.executable, "-c", MEMORY_SCRIPT], capture_output=True, text=True, check=True)
     assert int(run.stdout) * 1024 <= 64 * 10**6
+
+
+def test_a_logit_of_minus_infinity_is_a_token_that_never_comes(problem):
+    hidden, weight, targets = problem
+    bias = torch.zeros(333)
+    bias[targets.max() + 1 :] = float("-inf")
+    bias[0], targets = float("-inf"), targets.clamp_min(1)
+    assert_close_to_float64(
+        lambda h: head.linear_cross_entropy(h, Storage.dense(weight), targets, bias=bias)[0],
+        lambda h: exact(h, weight, targets, bias=bias),
+        [hidden],
+    )

@@ -372,3 +372,14 @@ def test_rows_trained_on_and_held_out_are_counted(tiny_llama: Path, tmp_path: Pa
     listener = Recorder()
     train(tiny_config(tiny_llama, tmp_path, eval_data=str(held_out), steps=1, max_new_tokens=2), listener=listener)
     assert any(note.startswith("2 of 4 held-out rows are also in the training data") for note in listener.notes)
+
+
+def test_a_run_does_not_write_where_it_reads(tmp_path: Path, tiny_llama: Path) -> None:
+    """Reliability: --overwrite must never delete the run's own data or model."""
+    config = tiny_config(tiny_llama, tmp_path)
+    out = tmp_path / "run"
+    out.mkdir()
+    data = Path(config.data).rename(out / "train.jsonl")
+    with pytest.raises(ConfigError, match=r"a run must not write where it reads; data .*train\.jsonl lies in .*run"):
+        train(config.model_copy(update={"data": str(data), "out": str(out)}), overwrite=True)
+    assert data.is_file()

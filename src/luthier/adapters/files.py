@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from luthier.errors import AdapterError
 
 
@@ -39,7 +41,7 @@ def staged_folder(target: Path, replaceable: frozenset[str], kept: frozenset[str
             _flush(file)
         _flush(stage)
         _publish(stage, target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
         raise AdapterError(f"{target} could not be written; {error}. Free some space or choose another folder.") from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)

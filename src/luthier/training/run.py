@@ -11,7 +11,7 @@ import torch
 
 from luthier.adapters import save_adapter, save_full
 from luthier.config import RunConfig, make_config
-from luthier.errors import CheckpointError, PreflightError
+from luthier.errors import CheckpointError, ConfigError, PreflightError
 from luthier.training import rundir
 from luthier.training.checkpoint import Checkpoint, read_newest, remove_staging
 from luthier.training.environment import describe_environment
@@ -53,13 +53,15 @@ def train(config: RunConfig, *, listener: Listener | None = None, overwrite: boo
     check_data_is_there(config)
     check_optimizer(config)
     path = Path(config.out).expanduser() if config.out else rundir.default_run_dir(config.data)
+    _check_reads_nothing_in(path, config)
     with rundir.reserve(path, overwrite=overwrite) as run:
         try:
             config = config.model_copy(update={"out": str(run.path)})
             data = read_data(config, listener)
             plan = _planned(config, data, listener)
             prepared = read_model(plan.applied(config), data, listener)
-            run.clear()
+            if overwrite:
+                run.clear()
         except BaseException:
             run.remove_if_unused()
             raise
@@ -68,6 +70,15 @@ def train(config: RunConfig, *, listener: Listener | None = None, overwrite: boo
             set_recomputed(prepared.model, plan.recompute_layers)
             _write_beginning(job, plan)
             return _carry_out(job, started)
+
+
+def _check_reads_nothing_in(out: Path, config: RunConfig) -> None:
+    """Raise ConfigError if data or model lie in the run directory, where `overwrite` would delete them."""
+    out = out.resolve()
+    for key, name in (("data", config.data), ("eval_data", config.eval_data), ("model", config.model)):
+        path = Path(name).expanduser() if name else None
+        if path is not None and path.exists() and path.resolve().is_relative_to(out):
+            raise ConfigError(f"a run must not write where it reads; {key} {name} lies in {out}. Choose another --out.")
 
 
 def resume(run_dir: Path | str, *, listener: Listener | None = None, weights_only: bool = False) -> RunResult:

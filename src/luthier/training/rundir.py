@@ -127,7 +127,7 @@ class RunDir:
         """Write MANIFEST.json over all files but the checkpoints, which have their own. A run with it is finished."""
         files = [path for path in self.path.rglob("*") if path.is_file() and self._is_sealed(path.relative_to(self.path))]
         try:
-            for path in files:
+            for path in (*files, *{path.parent for path in files}):
                 fsync_path(path)
             write_manifest(self.path, files, {"kind": "luthier run", "format": 1})
         except OSError as error:

@@ -45,12 +45,13 @@ void cross_entropy(const HeadRows& head, float* logits, const std::int64_t* targ
     store_n(lanes_left, quick_exp(load_n(logits + j, int(vocabulary - j)) - shift), int(vocabulary - j));
     const float lse = largest_z + logf(sum(sums + load(lanes_left)));
     const float target_z = logits[targets[row]];
-    losses[row] = lse - (1 - head.smoothing) * target_z - share * total;
+    losses[row] = lse - (1 - head.smoothing) * target_z - (share != 0 ? share * total : 0);  // 0 times an infinite sum would be NaN
     if (!gradient) continue;
     const vf base = set1(lse), spread = set1(share), scale = set1(head.scale);
-    const vf slope = set1(head.softcap != 0 ? 1 / head.softcap : 0);
+    const bool capped = head.softcap != 0;
+    const vf slope = set1(capped ? 1 / head.softcap : 0);
     each_vector(vocabulary, [&](auto lanes, std::int64_t i) {
-      const vf z = lanes.get(logits + i), t = z * slope;
+      const vf z = lanes.get(logits + i), t = capped ? z * slope : zero();
       lanes.put(logits + i, (quick_exp(z - base) - spread) * (scale * (set1(1.0f) - t * t)));
     });
     const float t = head.softcap != 0 ? target_z / head.softcap : 0;

@@ -290,7 +290,7 @@ LT_API int lt_linear_backward_input(float* dx, std::int64_t T, const lt_linear* 
 // dA = s v^T x; dB = s dy^T u is the turned one.
 LT_API int lt_outer(const float* inner, std::int64_t rank, const float* x, std::int64_t columns, std::int64_t T, float scale,
                     float* out, int turned, int threads) {
-  if (inner == nullptr || x == nullptr || out == nullptr || rank < 1 || columns < 1 || T < 0 || threads < 1) return LT_BAD_ARGUMENT;
+  if (inner == nullptr || x == nullptr || out == nullptr || rank < 1 || columns < 1 || T < 1 || threads < 1) return LT_BAD_ARGUMENT;
   LT_GUARD({ lt::outer(inner, rank, x, columns, T, scale, out, turned != 0, threads); })
 }
 

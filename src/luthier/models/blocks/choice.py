@@ -40,6 +40,8 @@ def layer_obstacle(layer: Layer) -> str | None:
     """Why the layer runs as Transformers' own module, or None."""
     if layer.mlp.gate is None:
         return "there is no kernel for its activation"
+    if not getattr(layer.module.self_attn, "is_causal", True):
+        return "its attention is not causal"
     if any(is_watched(module) for module in layer.bypassed):
         return "it has hooks or a forward of its own"
     if _drops(layer.module):
