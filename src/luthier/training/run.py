@@ -53,7 +53,8 @@ def train(config: RunConfig, *, listener: Listener | None = None, overwrite: boo
     check_data_is_there(config)
     check_optimizer(config)
     path = Path(config.out).expanduser() if config.out else rundir.default_run_dir(config.data)
-    _check_reads_nothing_in(path, config)
+    if overwrite:
+        _check_reads_nothing_in(path, config)
     with rundir.reserve(path, overwrite=overwrite) as run:
         try:
             config = config.model_copy(update={"out": str(run.path)})
