@@ -170,7 +170,7 @@ def test_data_check_marks_supervised_text_where_there_is_no_colour(printed: Call
         "lengths 11 up to 64, 1 up to 128",
         "note: 2 rows are empty",
         "train.jsonl:1",
-        "1 problems:",
+        "1 problem:",
         "- train.jsonl:7: no answer",
     ):
         assert wanted in lines

@@ -142,7 +142,8 @@ def print_data_check(report: DataReport) -> None:
         console.print(_masked(sample["text_parts"], plain=not console.is_terminal))
     if report.problems:
         console.print()
-        console.print(Text(f"{count_text(report.problem_count)} problems:", style="bold"))
+        noun = "problem" if report.problem_count == 1 else "problems"
+        console.print(Text(f"{count_text(report.problem_count)} {noun}:", style="bold"))
         for problem in report.problems:
             console.print(Text(f"  - {visible(problem)}"))
 
