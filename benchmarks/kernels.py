@@ -1,10 +1,14 @@
 """The kernels against the machine's limit, torch and bitsandbytes, with the targets and what was reached.
 
-    python benchmarks/kernels.py [--out kernels.json] [--plot kernels.png] [--pairs N] [--only WORD] [--smoke]
+    python benchmarks/kernels.py [--out kernels.json] [--plot kernels.png] [--pairs N] [--only WORDS] [--smoke]
 
 Shares are of the multiply-add peak (LoRA rank 16 included, its flops counted), of the read bandwidth in stored bytes at one
 token, and of the copy bandwidth for element-wise ops; probe and kernel alternate, and a figure is the median of such pairs.
 bitsandbytes is compared where it is installed. The plot shows the share of the bound over T for each storage.
+
+A case is called "linear q4_k 512x4096x4096", "head bf16 512x576x49152", "elementwise", "attention 8 of 64", "factors ...",
+"bitsandbytes 64" or "quantize NF4"; --only head,f32 runs those whose name has one of the words. One group takes a minute or
+two, all of them about half an hour. The file is written after every case.
 """
 
 from __future__ import annotations
@@ -12,9 +16,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+# This file must not pass for the package called `kernels`, which transformers looks for when bitsandbytes is imported.
+sys.path.remove(str(Path(__file__).resolve().parent))
 
 import torch
 
@@ -25,74 +33,103 @@ from luthier.kernels.bench_cases import (
     Case,
     attention_case,
     elementwise_cases,
+    factor_cases,
     head_case,
     linear_cases,
     quantize_case,
 )
 from luthier.kernels.quantize import GGUF_FORMATS
 from luthier.kernels.storage import KINDS
+from luthier.training.environment import describe_environment
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 BITSANDBYTES_TARGETS = {512: 1.9, 64: 5.0, 1: 30.0}
 THREADS_TARGET = 1.85
 SUPERBLOCK = 256
 
+Named = tuple[str, Callable[[], Case]]
+
 
 def main() -> None:
+    options = parse_options()
+    pairs = 2 if options.smoke else options.pairs
+    content: dict[str, Any] = {"benchmark": "kernels", "environment": describe_environment(), "complete": False, "rows": []}
+
+    def keep(row: dict[str, Any]) -> None:
+        content["rows"].append(row)
+        save(options.out, content)
+
+    cases = chosen(small_cases() if options.smoke else all_cases(), options.only)
+    content |= bench.run_cases(cases, pairs=pairs, progress=say, keep=keep)
+    print(bench.as_text(content))
+    if not options.only:
+        content["threads_ratio"] = threads_ratio(pairs, options.smoke)
+        print(f"speed of {content['threads']} threads over 1: {content['threads_ratio']:.2f} (target {THREADS_TARGET})")
+    print_targets(content["rows"])
+    save(options.out, content)
+    if options.plot:
+        content["over_tokens"] = over_tokens(pairs, options.smoke)
+        plot(content["over_tokens"], options.plot)
+    save(options.out, {**content, "complete": True})
+
+
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     parser.add_argument("--plot", type=Path, help="write the plot of shares over T")
     parser.add_argument("--pairs", type=int, default=9, help="alternations of probe and kernel for each figure")
-    parser.add_argument("--only", default="", help="only ops whose name has this word")
+    parser.add_argument("--only", default="", help="only cases whose name has one of these words, with commas between")
     parser.add_argument("--smoke", action="store_true", help="a few small cases, to see that the script runs")
-    options = parser.parse_args()
-    from luthier.training.environment import describe_environment
+    return parser.parse_args()
 
-    pairs = 2 if options.smoke else options.pairs
-    result = bench.run_cases(chosen(options.smoke, options.only), pairs=pairs, progress=say)
-    result["threads_ratio"] = threads_ratio(pairs, options.smoke)
-    print(bench.as_text(result))
-    print(f"speed of {result['threads']} threads over 1: {result['threads_ratio']:.2f} (target {THREADS_TARGET})")
-    print_targets(result["rows"])
-    if options.plot:
-        result["over_tokens"] = over_tokens(pairs, options.smoke)
-        plot(result["over_tokens"], options.plot)
-    if options.out:
-        content = {"benchmark": "kernels", "environment": describe_environment(), **result}
-        options.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+def save(path: Path | None, content: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def say(stage: str, done: int, total: int) -> None:
     print(f"\r{stage} {done}/{total}", end="" if done < total else "\n", flush=True)
 
 
-def chosen(smoke: bool, only: str) -> list[Callable[[], Case]]:
-    named = [(name, case) for name, case in (small_cases() if smoke else all_cases()) if only in name]
-    return [case for _, case in named]
+def chosen(cases: Sequence[Named], only: str) -> list[Callable[[], Case]]:
+    words = [word.strip() for word in only.split(",")]
+    found = [case for name, case in cases if any(word in name for word in words)]
+    if not found:
+        raise SystemExit(f"--only names one of {', '.join(sorted({name for name, _ in cases}))}; got {only!r}.")
+    return found
 
 
-def small_cases() -> list[tuple[str, Callable[[], Case]]]:
-    cases = [("linear", case) for tokens in (1, 32) for case in linear_cases(tokens, 256, 512, "nf4")]
+def linears(tokens: int, inputs: int, outputs: int, kind: str) -> list[Named]:
+    return [(f"linear {kind} {tokens}x{inputs}x{outputs}", case) for case in linear_cases(tokens, inputs, outputs, kind)]
+
+
+def small_cases() -> list[Named]:
+    cases = [named for tokens in (1, 32) for named in linears(tokens, 256, 512, "nf4")]
+    cases += [("factors", case) for case in factor_cases(64, 256, 512)]
     cases += [("elementwise", case) for case in elementwise_cases(256, 512)]
     cases += [("attention", lambda: attention_case((30, 20))), ("head", lambda: head_case(16, 1000, 64, "bf16"))]
     return [*cases, ("quantize", lambda: quantize_case(64, 256, "NF4"))]
 
 
-def all_cases() -> list[tuple[str, Callable[[], Case]]]:
-    cases = []
+def all_cases() -> list[Named]:
+    cases: list[Named] = []
     for tokens, inputs, outputs in LINEAR_TARGETS:
         kinds = KINDS if (tokens, inputs, outputs) == (512, 4096, 4096) else TARGET_STORAGES
         # Rows of 576 hold no whole superblocks, so the formats that have them cannot store such a matrix.
         kinds = [kind for kind in kinds if not kind.endswith("_k") or inputs % SUPERBLOCK == 0]
-        cases += [("linear", case) for kind in kinds for case in linear_cases(tokens, inputs, outputs, kind)]
-    cases += [("linear", case) for kind in KINDS for case in linear_cases(1, 4096, 4096, kind)]
+        cases += [named for kind in kinds for named in linears(tokens, inputs, outputs, kind)]
+    cases += [named for kind in KINDS for named in linears(1, 4096, 4096, kind)]
+    for inputs, outputs in ((4096, 4096), (576, 1536)):
+        cases += [(f"factors 512x{inputs}x{outputs}", case) for case in factor_cases(512, inputs, outputs)]
     if importlib.util.find_spec("bitsandbytes") is not None:
-        cases += [("bitsandbytes", case) for tokens in BITSANDBYTES_TARGETS for case in bitsandbytes_cases(tokens)]
+        cases += [(f"bitsandbytes {tokens}", case) for tokens in BITSANDBYTES_TARGETS for case in bitsandbytes_cases(tokens)]
     cases += [("elementwise", case) for case in elementwise_cases(2048, 8192)]
     for lengths in ((512,), (1024,), (64,) * 8, (25,) * 20, (12,) * 40):
-        cases.append(("attention", lambda lengths=lengths: attention_case(lengths)))
-    cases += [("head", lambda kind=kind: head_case(512, 49152, 576, kind)) for kind in ("f32", "bf16", "q8_0")]
-    return cases + [("quantize", lambda kind=kind: quantize_case(4096, 4096, kind)) for kind in ("NF4", *GGUF_FORMATS)]
+        cases.append((f"attention {len(lengths)} of {lengths[0]}", lambda lengths=lengths: attention_case(lengths)))
+    for kind in ("f32", "bf16", "q8_0"):
+        cases.append((f"head {kind} 512x576x49152", lambda kind=kind: head_case(512, 49152, 576, kind)))
+    return cases + [(f"quantize {kind}", lambda kind=kind: quantize_case(4096, 4096, kind)) for kind in ("NF4", *GGUF_FORMATS)]
 
 
 def bitsandbytes_cases(tokens: int) -> list[Callable[[], Case]]:

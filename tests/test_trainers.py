@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from tiny import write_tiny
 
 import luthier
+from luthier.kernels.registry import registered_ops
 
 ROWS = [
     {"messages": [{"role": "user", "content": f"say {word}"}, {"role": "assistant", "content": f"{word}!"}]}
@@ -46,6 +49,16 @@ def assert_saved_adapter_gives_the_same_logits(model: torch.nn.Module, folder: P
         assert torch.allclose(again(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
 
 
+@contextmanager
+def the_blocks_used(layers: int, steps: int) -> Iterator[None]:
+    """Every layer of every step goes through our attention, forward and backward."""
+    counts = [{op.name: op.native_calls for op in registered_ops()}]
+    yield
+    counts.append({op.name: op.native_calls for op in registered_ops()})
+    for name in ("packed_attention", "packed_attention_backward"):
+        assert counts[1][name] - counts[0][name] == layers * steps
+
+
 @pytest.mark.slow
 def test_hf_trainer(tmp_path: Path) -> None:
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
@@ -62,7 +75,8 @@ def test_hf_trainer(tmp_path: Path) -> None:
     )  # fmt: skip
     collator = DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=-100)
     trainer = Trainer(model=model, args=arguments, train_dataset=encoded, data_collator=collator)
-    trainer.train()
+    with the_blocks_used(layers=2, steps=8):
+        trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
     assert_only_the_adapter_moved(model, frozen)
@@ -82,7 +96,8 @@ def test_trl_sft_trainer(tmp_path: Path) -> None:
         use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True, gradient_checkpointing=False, max_length=128,
     )  # fmt: skip
     trainer = SFTTrainer(model=model, args=arguments, train_dataset=Dataset.from_list(ROWS), processing_class=tokenizer)
-    trainer.train()
+    with the_blocks_used(layers=2, steps=8):
+        trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
     assert_only_the_adapter_moved(model, frozen)

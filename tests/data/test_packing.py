@@ -47,6 +47,77 @@ def test_hidden_states_predict_the_next_supervised_token_of_their_own_example() 
     assert pack.supervised_tokens == 2
 
 
+def grown(parts: list[list[int]]) -> list[int]:
+    return [token for part in parts for token in part]
+
+
+A, B, C = list(range(10, 20)), list(range(30, 36)), list(range(50, 58))
+
+
+def test_a_beginning_is_laid_once() -> None:
+    """A B 1, A C 2 and A B 3 are A (B (1, 3), C 2): rows in the order of their tokens, segments as a tree."""
+    examples = [example(grown(parts), [True] * len(grown(parts))) for parts in ([A, B, [1]], [A, C, [2]], [A, B, [3]])]
+    (pack,) = pack_examples(examples, max_tokens=100, share=True)
+    assert pack.rows == [0, 2, 1]
+    assert pack.ids.tolist() == [*A, *B, 1, 3, *C, 2]
+    assert pack.starts.tolist() == [0, 10, 16, 17, 18, 27]
+    assert pack.parents.tolist() == [-1, 0, 1, 1, 0]
+    assert (pack.tokens, pack.example_tokens, pack.supervised_tokens) == (27, 17 + 19 + 17, 16 + 18 + 16)
+
+
+def test_duplicates_and_rows_that_go_on_from_a_whole_row() -> None:
+    examples = [example(ids, [True] * len(ids)) for ids in ([*A, 1, 2], A, A, [*A, 1, 2])]
+    (pack,) = pack_examples(examples, max_tokens=100, share=True)
+    assert pack.ids.tolist() == [*A, 1, 2]
+    assert pack.starts.tolist() == [0, 10, 12]
+    assert pack.parents.tolist() == [-1, 0]
+    assert [len(places) for places in pack.places] == [10, 10, 12, 12]
+
+
+def test_a_short_beginning_is_not_worth_a_segment() -> None:
+    (pack,) = pack_examples([example([5, 6, 7, n, n], [True] * 5) for n in (1, 2)], max_tokens=100, share=True)
+    assert pack.parents.tolist() == [-1, -1]
+    assert not pack.is_shared
+
+
+def some_trees(seed: int) -> list[Example]:
+    """Rows that share beginnings of many lengths, some of them whole rows."""
+    draw = random.Random(seed)
+    stems = [[draw.randrange(9) for _ in range(draw.choice((3, 12, 30)))] for _ in range(4)]
+    rows = []
+    for _ in range(40):
+        stem = draw.choice(stems)
+        ids = grown([stem[: draw.randrange(1, len(stem) + 1)], [draw.randrange(9) for _ in range(draw.randrange(4))]])
+        rows.append(example(ids, [draw.random() < 0.5 for _ in ids]))
+    return rows
+
+
+@pytest.mark.parametrize("max_tokens", [1, 20, 64, 10_000])
+@pytest.mark.parametrize("seed", range(5))
+def test_every_example_can_be_read_back_from_a_tree(seed: int, max_tokens: int) -> None:
+    examples = some_trees(seed)
+    packs = pack_examples(examples, max_tokens=max_tokens, share=True)
+    assert sorted(row for pack in packs for row in pack.rows) == list(range(len(examples)))
+    for pack in packs:
+        starts, parents = pack.starts.tolist(), pack.parents.tolist()
+        assert pack.tokens <= max_tokens or len(pack.rows) == 1
+        assert all(parent < number for number, parent in enumerate(parents))
+        texts: list[list[int]] = []
+        for (first, end), parent in zip(pairwise(starts), parents, strict=True):
+            assert end > first
+            texts.append([*(texts[parent] if parent >= 0 else []), *range(first, end)])
+        expected = []
+        for row, places in zip(pack.rows, pack.places, strict=True):
+            own = places.tolist()
+            assert pack.ids[places].tolist() == examples[row].ids
+            # The way to the example's last token is its segments' texts, one after the other.
+            assert any(text[: len(own)] == own for text in texts)
+            expected += [(own[t - 1], examples[row].ids[t]) for t in range(1, len(own)) if examples[row].supervised[t]]
+        assert list(zip(pack.predict.tolist(), pack.targets.tolist(), strict=True)) == expected
+    whole = sum(len(one.ids) for one in examples)
+    assert max_tokens < 64 or sum(pack.tokens for pack in packs) < whole
+
+
 def test_no_supervised_token_gives_an_empty_pack_of_targets() -> None:
     (pack,) = pack_examples([example([1, 2, 3], [False] * 3)], max_tokens=10)
     assert pack.predict.shape == pack.targets.shape == (0,)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -51,6 +53,15 @@ def assert_same_for_all_threads(fn: Callable[[], list[Tensor]]) -> None:
     for result in results[1:]:
         for got, expected in zip(result, results[0], strict=True):
             assert torch.equal(got, expected)
+
+
+def require_programs() -> None:
+    """Fail, and say what to install, where the AArch64 build cannot be made or run."""
+    packages = {"cmake": "cmake", "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu", "qemu-aarch64": "qemu-user"}
+    missing = [program for program in packages if shutil.which(program) is None]
+    if missing:
+        wanted = " ".join(packages[program] for program in missing)
+        pytest.fail(f"the NEON build is run under an emulator; {', '.join(missing)} is missing. Try apt-get install {wanted}.")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Packed attention against a dense masked softmax in float64: lengths, groups, window, softcap, shared prefix."""
+"""Packed attention against a dense masked softmax in float64: lengths, groups, window, softcap, shared prefixes."""
 
 from __future__ import annotations
 
@@ -9,32 +9,42 @@ from kernel_checks import assert_close_to_float64, assert_same_for_all_threads, 
 from luthier.errors import ShapeError
 from luthier.kernels import attention, native
 
+# (lengths of the segments, their parents): texts that stand alone, that share one prefix, and that share in groups.
 PACKS = (
-    ([1, 5], 0),
-    ([64], 0),
-    ([65], 0),
-    ([200, 3, 0, 70, 1], 0),
-    ([8] * 9, 0),
-    ([20, 30, 90], 40),
-    ([130, 7, 64], 130),
+    ([1, 5], None),
+    ([64], None),
+    ([65], None),
+    ([200, 3, 0, 70, 1], None),
+    ([8] * 9, None),
+    ([40, 20, 30, 90], [-1, 0, 0, 0]),
+    ([130, 130, 7, 64], [-1, 0, 0, 0]),
+    ([20, 9, 70, 5, 66, 8, 3, 30], [-1, 0, 1, 1, 0, -1, 5, 4]),
+    ([10, 0, 5, 6], [-1, 0, 1, 1]),
 )
 LIMITS = ((None, None), (16, None), (100, None), (None, 2.0), (33, 3.0))
 
 
-def starts_of(lengths: list[int], prefix: int) -> torch.Tensor:
-    return torch.tensor([prefix, *lengths]).cumsum(0)
+def starts_of(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0)
 
 
-def exact(q, k, v, starts, scale, window, softcap, prefix):
+def parents_of(parents: list[int] | None) -> torch.Tensor | None:
+    return None if parents is None else torch.tensor(parents)
+
+
+def exact(q, k, v, starts, scale, window=None, softcap=None, parents=None):
     """The dense form: every token against every token, and a mask that says who sees whom."""
     tokens, group = q.shape[0], q.shape[1] // k.shape[1]
-    document, position = torch.zeros(tokens, dtype=torch.int64), torch.arange(tokens)
+    texts: list[list[int]] = []
+    position, sees = torch.zeros(tokens, dtype=torch.int64), torch.zeros(tokens, tokens, dtype=torch.bool)
     for n, (begin, end) in enumerate(zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)):
-        document[begin:end] = n + 1
-        position[begin:end] = prefix + torch.arange(end - begin)
-    distance = position[:, None] - position
-    sees = (distance >= 0) & ((document[:, None] == document) | (document == 0))
-    sees &= distance < window if window else True
+        parent = -1 if parents is None else int(parents[n])
+        before = [] if parent < 0 else texts[parent]
+        texts.append([*before, *range(begin, end)])
+        for row in range(begin, end):
+            position[row] = len(before) + row - begin
+            sees[row, texts[n][: position[row] + 1]] = True
+    sees &= position[:, None] - position < window if window else True
     scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, 1)) * scale
     scores = softcap * torch.tanh(scores / softcap) if softcap else scores
     weights = scores.masked_fill(~sees, -torch.inf).softmax(-1)
@@ -47,10 +57,10 @@ def tensors(tokens: int, heads: int, kv_heads: int, size: int) -> list[torch.Ten
 
 
 @pytest.mark.parametrize(("window", "softcap"), LIMITS)
-@pytest.mark.parametrize(("lengths", "prefix"), PACKS)
-def test_attention_and_its_gradients(lengths, prefix, window, softcap):
-    starts = starts_of(lengths, prefix)
-    options = {"window": window, "softcap": softcap, "prefix": prefix}
+@pytest.mark.parametrize(("lengths", "parents"), PACKS)
+def test_attention_and_its_gradients(lengths, parents, window, softcap):
+    starts = starts_of(lengths)
+    options = {"window": window, "softcap": softcap, "parents": parents_of(parents)}
     assert_close_to_float64(
         lambda q, k, v: attention.packed_attention(q, k, v, starts, 0.25, **options),
         lambda q, k, v: exact(q, k, v, starts, 0.25, **options),
@@ -62,41 +72,42 @@ def test_attention_and_its_gradients(lengths, prefix, window, softcap):
     ("heads", "kv_heads", "size"), [(9, 3, 64), (4, 4, 80), (2, 1, 128), (8, 1, 20), (1, 1, 1), (2, 2, 256)]
 )
 def test_heads_and_sizes(heads, kv_heads, size):
-    starts = starts_of([70, 9], 0)
+    starts = starts_of([70, 9])
     assert_close_to_float64(
         lambda q, k, v: attention.packed_attention(q, k, v, starts, size**-0.5),
-        lambda q, k, v: exact(q, k, v, starts, size**-0.5, None, None, 0),
+        lambda q, k, v: exact(q, k, v, starts, size**-0.5),
         tensors(79, heads, kv_heads, size),
     )
 
 
 def test_the_library_is_called_forward_and_backward():
     assert native.use_native()
-    starts = starts_of([5, 4], 0)
+    starts = starts_of([5, 4])
     with called("packed_attention", "packed_attention_backward"):
         values_and_gradients(lambda q, k, v: attention.packed_attention(q, k, v, starts, 0.25), tensors(9, 2, 1, 16))
 
 
 def test_a_document_does_not_change_with_its_neighbours():
     q, k, v = tensors(100, 4, 2, 32)
-    alone = attention.packed_attention(q[30:60].clone(), k[30:60].clone(), v[30:60].clone(), starts_of([30], 0), 0.2)
+    alone = attention.packed_attention(q[30:60].clone(), k[30:60].clone(), v[30:60].clone(), starts_of([30]), 0.2)
     packed = attention.packed_attention(q, k, v, torch.tensor([0, 30, 60, 100]), 0.2)
     assert torch.equal(packed[30:60], alone)
 
 
 def test_a_prefix_equals_the_documents_with_it_written_out():
     q, k, v = tensors(90, 4, 2, 16)
-    shared = attention.packed_attention(q, k, v, torch.tensor([40, 65, 90]), 0.25, prefix=40)
+    starts, parents = torch.tensor([0, 40, 65, 90]), torch.tensor([-1, 0, 0])
+    shared = attention.packed_attention(q, k, v, starts, 0.25, parents=parents)
     for begin, end in ((40, 65), (65, 90)):
         rows = torch.cat([torch.arange(40), torch.arange(begin, end)])
-        whole = attention.packed_attention(q[rows], k[rows], v[rows], starts_of([len(rows)], 0), 0.25)
+        whole = attention.packed_attention(q[rows], k[rows], v[rows], starts_of([len(rows)]), 0.25)
         assert torch.allclose(shared[begin:end], whole[40:], atol=1e-6)
 
 
 def test_large_packs_are_handled_in_rounds_of_heads():
     """Turned keys of all 32 heads would take more than a round's memory."""
     lengths = [1] * 100
-    starts = starts_of(lengths, 0)
+    starts = starts_of(lengths)
     q, k, v = tensors(100, 32, 32, 128)
     got = values_and_gradients(lambda q, k, v: attention.packed_attention(q, k, v, starts, 0.1), [q, k, v])
     assert torch.allclose(got[0], v, atol=1e-6)
@@ -108,7 +119,7 @@ def test_large_packs_are_handled_in_rounds_of_heads():
 def test_what_is_not_finite_reaches_its_own_document_only(value):
     q, k, v = tensors(40, 2, 2, 16)
     k[5, 0, 3] = value
-    starts = starts_of([20, 20], 0)
+    starts = starts_of([20, 20])
     for mode in native.MODES:
         with native.forced(mode):
             out = attention.packed_attention(q, k, v, starts, 0.25)
@@ -118,16 +129,18 @@ def test_what_is_not_finite_reaches_its_own_document_only(value):
 
 
 def test_results_do_not_depend_on_the_number_of_threads():
-    starts = starts_of([130, 9, 77], 50)
+    starts, parents = starts_of([50, 130, 9, 77]), torch.tensor([-1, 0, 0, 2])
     inputs = tensors(266, 6, 2, 16)
-    assert_same_for_all_threads(
-        lambda: values_and_gradients(lambda q, k, v: attention.packed_attention(q, k, v, starts, 0.25, prefix=50), inputs)
-    )
+
+    def attended(q, k, v):
+        return attention.packed_attention(q, k, v, starts, 0.25, parents=parents)
+
+    assert_same_for_all_threads(lambda: values_and_gradients(attended, inputs))
 
 
 def test_bad_arguments_are_named():
     q, k, v = tensors(9, 4, 2, 16)
-    starts = starts_of([9], 0)
+    starts = starts_of([9])
     with pytest.raises(ShapeError, match=r"q is \(T, H, D\), k and v are \(T, H_kv, D\); got \(9, 4, 16\), \(8, 2, 16\)"):
         attention.packed_attention(q, k[:8], v[:8], starts, 0.25)
     with pytest.raises(ShapeError, match=r"must be float32; got torch\.float64"):
@@ -135,10 +148,16 @@ def test_bad_arguments_are_named():
     with pytest.raises(ShapeError, match=r"the key heads must divide the query heads; got 2 and 3"):
         attention.packed_attention(q[:, :3], k, v, starts, 0.25)
     for bad in (torch.tensor([0, 8]), torch.tensor([1, 9]), torch.tensor([0, 5, 3, 9])):
-        with pytest.raises(ShapeError, match=r"starts must rise from the prefix's length 0 to the number of tokens 9"):
+        with pytest.raises(ShapeError, match=r"starts must rise from 0 to the number of tokens 9"):
             attention.packed_attention(q, k, v, bad, 0.25)
     with pytest.raises(ShapeError, match=r"starts must be int64"):
         attention.packed_attention(q, k, v, starts.int(), 0.25)
+    for bad in ([0], [1], [-2]):
+        with pytest.raises(ShapeError, match=r"a segment goes on from an earlier one or, with -1, from none"):
+            attention.packed_attention(q, k, v, starts, 0.25, parents=torch.tensor(bad))
+    for bad in (torch.tensor([-1, 0]), torch.tensor([-1], dtype=torch.int32)):
+        with pytest.raises(ShapeError, match=r"parents must be int64 of shape \(1,\) on the CPU"):
+            attention.packed_attention(q, k, v, starts, 0.25, parents=bad)
     with pytest.raises(ShapeError, match=r"window must be at least 1, or None for no window; got 0"):
         attention.packed_attention(q, k, v, starts, 0.25, window=0)
     with pytest.raises(ShapeError, match=r"softcap must be above 0"):
@@ -147,7 +166,9 @@ def test_bad_arguments_are_named():
 
 def test_ops_have_honest_schemas_and_fakes():
     q, k, v = tensors(9, 4, 2, 16)
-    starts, options = starts_of([5, 2], 2), (0.25, 0.0, 0, 2)
+    starts, options = starts_of([2, 5, 2]), (torch.tensor([-1, 0, 0]), 0.25, 0.0, 0)
     torch.library.opcheck(torch.ops.luthier.packed_attention.default, (q, k, v, starts, *options))
     out, lse = torch.ops.luthier.packed_attention(q, k, v, starts, *options)
-    torch.library.opcheck(torch.ops.luthier.packed_attention_backward.default, (out, q, k, v, starts, out, lse, *options))
+    torch.library.opcheck(
+        torch.ops.luthier.packed_attention_backward.default, (out, q, k, v, starts, options[0], out, lse, *options[1:])
+    )

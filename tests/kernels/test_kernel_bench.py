@@ -10,7 +10,16 @@ import torch
 
 from luthier.errors import ConfigError
 from luthier.kernels import attention, bench, elementwise, head, native, quantize, registry
-from luthier.kernels.bench_cases import Case, attention_case, elementwise_cases, head_case, linear_cases, quantize_case, stored
+from luthier.kernels.bench_cases import (
+    Case,
+    attention_case,
+    elementwise_cases,
+    factor_cases,
+    head_case,
+    linear_cases,
+    quantize_case,
+    stored,
+)
 from luthier.kernels.frozen_linear import dequantize
 from luthier.kernels.memory import keep_freed_memory
 from luthier.kernels.storage import KINDS
@@ -51,6 +60,18 @@ def test_a_row_holds_rate_share_and_ratios():
     assert json.dumps(row)
 
 
+def test_each_row_is_handed_over_as_soon_as_it_is_there():
+    kept = []
+
+    def broken() -> Case:
+        raise RuntimeError(str(len(kept)))
+
+    cases = [lambda: Case("op", "1x1", "f32", 1.0, None, lambda: None), broken]
+    with pytest.raises(RuntimeError, match="1"):
+        bench.run_cases(cases, pairs=1, keep=kept.append)
+    assert kept[0]["op"] == "op"
+
+
 def test_targets_are_shares_rates_or_ratios():
     row = {"bound": "fma", "share": 0.8, "rate": 1.0, "target": 0.8, "ratios": {"torch": 1.3}, "peer_targets": {"torch": 1.25}}
     assert not bench.missed_target(row)
@@ -61,6 +82,7 @@ def test_targets_are_shares_rates_or_ratios():
 
 def test_all_kinds_of_cases_run_and_print():
     makers = [*linear_cases(1, 256, 256, "nf4"), *linear_cases(20, 256, 256, "q4_k"), *elementwise_cases(8, 64)]
+    makers += factor_cases(20, 64, 96)
     makers += [lambda: attention_case((5, 4)), lambda: head_case(3, 50, 64, "q8_0"), lambda: quantize_case(4, 64, "NF4")]
     rows = []
     for make in makers:

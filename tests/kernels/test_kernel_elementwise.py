@@ -79,6 +79,13 @@ def test_layer_norm(shape):
     )
 
 
+def test_weight_gradients_of_many_rows_are_added_from_a_bounded_number_of_parts():
+    torch.manual_seed(0)
+    x, w = torch.randn(70, 16400), torch.randn(16400)
+    assert_close_to_float64(lambda x, w: elementwise.rms_norm(x, w, 1e-6), lambda x, w: exact_rms_norm(x, w, 0.0), [x, w])
+    assert_same_for_all_threads(lambda: values_and_gradients(lambda x, w: elementwise.layer_norm(x, w, w, 1e-6), [x, w]))
+
+
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "size", "turned"), [(9, 3, 64, 64), (4, 2, 80, 20), (2, 1, 16, 6), (3, 3, 128, 2)]
 )

@@ -112,6 +112,12 @@ def test_results_do_not_depend_on_the_number_of_threads(problem):
     assert_same_for_all_threads(run)
 
 
+def test_the_sum_of_many_losses_does_not_depend_on_the_number_of_threads():
+    torch.manual_seed(0)
+    weight, hidden, targets = Storage.dense(torch.randn(7, 3)), torch.randn(40_000, 3), torch.randint(0, 7, (40_000,))
+    assert_same_for_all_threads(lambda: list(head.linear_cross_entropy(hidden, weight, targets)))
+
+
 def test_no_supervised_rows_is_a_loss_of_zero(problem):
     _, weight, _ = problem
     total, losses = head.linear_cross_entropy(torch.zeros(0, 64), Storage.dense(weight), torch.zeros(0, dtype=torch.int64))

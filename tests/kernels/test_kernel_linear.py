@@ -10,22 +10,34 @@ from torch import Tensor
 
 from luthier import kernels
 from luthier.errors import ShapeError
-from luthier.kernels import Part, Term, native
+from luthier.kernels import Part, Term, linear_native, native
 from luthier.kernels.dequantize import dequantize_reference
-from luthier.kernels.linear_ops import backward_input_op, flatten, forward_op, outer_op, rows_op
+from luthier.kernels.linear_ops import (
+    backward_input_op,
+    column_sums,
+    factor_product,
+    flatten,
+    forward_op,
+    outer_op,
+    rows_op,
+)
+from luthier.kernels.storage import KINDS as NUMBERED_KINDS
 
-# (T, out, in, rank): one token, few, a ragged sliver, several panels, ranks beside the panel's width, two blocks of rows.
+# (T, out, in, rank): one token, few, a ragged sliver, several panels, ranks beside the panel's width, two blocks of rows,
+# rows long enough that backward takes several groups of columns at once.
 SHAPES = [
     (1, 40, 256, 0),
+    (1, 33, 512, 5),
     (3, 33, 256, 5),
     (4, 64, 512, 16),
     (7, 30, 256, 1),
     (37, 100, 768, 40),
     (130, 64, 512, 8),
     (650, 32, 256, 16),
+    (9, 40, 2304, 4),
 ]
 ALL_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-RAGGED_SHAPES = [(1, 7, 50, 2), (2, 45, 77, 0), (19, 45, 77, 5), (5, 1, 1, 1), (64, 33, 95, 3)]
+RAGGED_SHAPES = [(1, 7, 50, 2), (2, 45, 77, 0), (19, 45, 77, 5), (5, 1, 1, 1), (64, 33, 95, 3), (5, 21, 2090, 2)]
 
 
 def example(kind: str, tokens: int, out_features: int, in_features: int, rank: int) -> tuple[Part, Tensor]:
@@ -97,6 +109,50 @@ def test_results_do_not_depend_on_the_number_of_threads(kind, tokens):
     assert_same_for_all_threads(lambda: run(part, x, grad))
 
 
+@pytest.mark.parametrize("tokens", [2, 70])
+def test_the_first_layers_gradients_do_not_depend_on_the_number_of_threads(tokens):
+    part, x = example("bf16", tokens, 150, 512, 16)
+    grad = torch.randn(tokens, 150)
+
+    def factors_and_bias() -> list[Tensor]:
+        y = kernels.frozen_linear(x.detach(), part.storage, part.bias, part.term)
+        return list(torch.autograd.grad(y, [part.bias, part.term.A, part.term.B], grad))
+
+    assert_same_for_all_threads(factors_and_bias)
+
+
+def test_sums_over_tokens_agree_with_float64_whatever_the_threads():
+    torch.manual_seed(0)
+    tokens = 4200  # more than are packed at once
+    dy, B, u = torch.randn(tokens, 70), torch.randn(70, 5), torch.randn(tokens, 5)
+    for mode in native.MODES:
+        with native.forced(mode):
+            assert relative_error(column_sums(dy), dy.double().sum(0)) <= 1e-6
+            assert relative_error(factor_product(dy, B), dy.double() @ B.double()) <= 1e-6
+            assert relative_error(outer_op(u, dy, 0.5, False), 0.5 * u.double().T @ dy.double()) <= 1e-6
+            assert relative_error(outer_op(u, dy, 0.5, True), 0.5 * dy.double().T @ u.double()) <= 1e-6
+    assert_same_for_all_threads(lambda: [column_sums(dy), factor_product(dy, B), outer_op(u, dy, 0.5, True)])
+    assert torch.equal(column_sums(dy[:0]), torch.zeros(70))
+
+
+@pytest.mark.parametrize("flush", [False, True])
+def test_denormal_results_do_not_depend_on_the_number_of_threads(flush):
+    """Threads that torch started before the flag was set must flush like the one that set it."""
+    torch.manual_seed(0)
+    weight, x = kernels.Storage.dense(torch.randn(300, 64)), torch.randn(40, 64) * 1e-38
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        kernels.frozen_linear(x, weight)
+        torch.set_flush_denormal(flush)
+        assert_same_for_all_threads(lambda: [kernels.frozen_linear(x, weight) * 1.0, kernels.frozen_linear(x[:1], weight)])
+        y = kernels.frozen_linear(x * 1e-3, weight)
+        assert bool((y == 0).all()) == flush
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("tokens", [2, 40])
 def test_a_group_equals_its_layers(tokens):
     torch.manual_seed(0)
@@ -160,6 +216,56 @@ def test_what_does_not_fit_is_refused():
         kernels.frozen_linear(torch.zeros(2, 8), storage, None, Term(torch.zeros(3, 8), torch.zeros(4, 2)))
     with pytest.raises(ShapeError, match="layers of a group share x"):
         kernels.frozen_linear_group(torch.zeros(2, 8), [Part(storage), Part(random_storage("f32", 4, 9))])
+
+
+BF16, NF4, Q8_0 = (NUMBERED_KINDS.index(kind) for kind in ("bf16", "nf4", "q8_0"))
+
+
+@pytest.mark.parametrize(
+    ("stored", "layout", "message"),
+    [
+        ([torch.zeros(4, 32)], [BF16, 4, 32, 0, 1], "the bf16 matrix must be torch.bfloat16; got torch.float32"),
+        ([torch.zeros(4, 32).bfloat16()], [BF16, 5, 32, 0, 1], r"the bf16 matrix must have shape \(5, 32\); got \(4, 32\)"),
+        ([torch.zeros(32, 4).bfloat16()], [BF16, 4, 32, 0, 1], r"the bf16 matrix must have shape \(4, 32\)"),
+        ([torch.zeros(32, 4).bfloat16().T], [BF16, 4, 32, 0, 1], "the bf16 matrix must be contiguous"),
+        ([torch.zeros(4, 32).bfloat16()], [99, 4, 32, 0, 1], "a kind's number is below 12, transposed 0 or 1; got 99 and 0"),
+        ([torch.zeros(4, 32).bfloat16()], [BF16, 4, 32, 2, 1], "transposed 0 or 1; got 1 and 2"),
+        ([torch.zeros(4, 32).bfloat16()], [BF16, 4, 32, 0], "layout has 5 integers a matrix"),
+        ([torch.zeros(4, 32).bfloat16()] * 2, [BF16, 4, 32, 0, 1], "for 2 tensors"),
+        ([torch.zeros(4, 32).bfloat16()] * 2, [BF16, 4, 32, 0, 2], "only nf4 has scales beside its data; got 2 tensors"),
+        ([torch.zeros(4 * 34 - 1, dtype=torch.uint8)], [Q8_0, 4, 32, 0, 1], "the q8_0 blocks must have elements 136"),
+        ([torch.zeros(4 * 34, dtype=torch.uint8)], [Q8_0, 4, 32, 1, 1], "only dense matrices may lie transposed"),
+        ([torch.zeros(64, dtype=torch.uint8)], [NF4, 4, 32, 0, 1], "nf4 storage needs absmax and code"),
+        ([], [BF16, 4, 32, 0, 0], "a matrix is stored in 1 to 5 tensors; got 0"),
+        ([torch.zeros(4, 32, device="meta").bfloat16()], [BF16, 4, 32, 0, 1], "a stored tensor must be on the CPU; got meta"),
+    ],
+)
+def test_ops_called_past_the_front_end_check_what_is_stored(stored, layout, message):
+    none = [None]
+    with native.forced("native"):
+        for call in (
+            lambda: linear_native.forward(torch.zeros(2, 32), stored, layout, [0.0, 1.0], none, none, none),
+            lambda: linear_native.backward_input([torch.zeros(2, 4)], stored, layout, [0.0, 1.0], none, none),
+            lambda: linear_native.rows(stored, layout, [0.0, 1.0], None),
+        ):
+            with pytest.raises(ShapeError, match=message):
+                call()
+
+
+def test_ops_called_past_the_front_end_check_their_lists():
+    stored, layout, numbers, *_ = flatten([Part(kernels.Storage.dense(torch.zeros(4, 8)))])
+    x, none, A = torch.zeros(2, 8), [None], [torch.zeros(3, 8)]
+    for arguments, message in [
+        ((x, stored, layout, numbers, [], none, none), "bias must have one element for each of 1 matrices; got 0"),
+        ((x, stored, layout, numbers, none, A, none), "a low-rank term has both A and B"),
+        ((x, stored, layout, numbers, none, A, [torch.zeros(4, 2)]), r"B must have shape \(4, 3\)"),
+        ((x[0], stored, layout, numbers, none, none, none), r"x must have shape \(\*, 8\)"),
+        ((x, stored, layout, numbers[:1], none, none, none), "numbers 2; got 5 and 1"),
+    ]:
+        with native.forced("native"), pytest.raises(ShapeError, match=message):
+            forward_op(*arguments)
+    with native.forced("native"), pytest.raises(ShapeError, match=r"the inner result must have shape \(\*, \*\)"):
+        outer_op(torch.zeros(2), x, 1.0, False)
 
 
 @pytest.mark.parametrize("tests", [("test_schema", "test_faketensor"), pytest.param(ALL_CHECKS, marks=pytest.mark.slow)])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
 import textwrap
+from ctypes import c_float, c_int64, c_void_p
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,8 @@ import torch
 from luthier import kernels
 from luthier.errors import ConfigError, ShapeError
 from luthier.kernels import native, probe, registry
+from luthier.kernels.linear_native import Matrix
+from luthier.kernels.storage import KINDS
 
 EXPECTED_NATIVE = {"frozen_linear", "frozen_linear_backward_input", "frozen_linear_backward_factor", "dequantize_rows"}
 
@@ -77,6 +81,59 @@ def test_the_library_refuses_what_the_binding_should_have():
         call(0, 1, None)
 
 
+@pytest.mark.parametrize(
+    ("entry", "arguments"),
+    [
+        ("lt_linear_forward", [None, 3, None, 1, 1]),
+        ("lt_linear_backward_input", [None, 3, None, 1, 1]),
+        ("lt_outer", [None, 4, None, 8, 3, 1.0, None, 0, 1]),
+        ("lt_dequantize_rows", [None, None, 2, None, 1]),
+        ("lt_linear_cross_entropy", [None, 3, None, None, None, 1.0, 0.0, 0.0, None, 1, None, None, 1]),
+        ("lt_rms_norm", [None, None, None, 0.0, 1e-6, 3, 8, None, None, None, 1]),
+        ("lt_rms_norm_backward", [None, None, None, None, 0.0, None, 3, 8, None, None, 1]),
+        ("lt_layer_norm", [None, None, None, 1e-6, 3, 8, None, None, None, 1]),
+        ("lt_layer_norm_backward", [None, None, None, None, None, 3, 8, None, None, None, 1]),
+        ("lt_rotary", [None, 8, None, 8, 1, 8, None, None, 8, 3, 0, 1]),
+        ("lt_gated", [0, None, 8, None, 8, 3, 8, None, 1]),
+        ("lt_gated_backward", [0, None, None, 8, None, 8, 3, 8, None, None, 1]),
+        ("lt_nf4_quantize", [None, 0, 64, None, None, 1]),
+        ("lt_gguf_quantize", [None, 0, 1, 0, None, 1]),
+        ("lt_fma_peak", [10, 1, None]),
+        ("lt_read_bandwidth", [None, 10, 1, None]),
+    ],
+)
+def test_entries_refuse_null_pointers(entry, arguments):
+    types = {type(None): c_void_p, int: c_int64, float: c_float}
+    function = native.library()[entry]
+    function.argtypes = [types[type(value)] for value in arguments]
+    assert function(*arguments) == native.STATUS_BAD_ARGUMENT
+
+
+@pytest.mark.parametrize(
+    ("changed", "fits"),
+    [
+        ({}, True),
+        ({"kind": 12}, False),
+        ({"kind": -1}, False),
+        ({"data": None}, False),
+        ({"rows": 0}, False),
+        ({"cols": 33}, True),
+        ({"kind": KINDS.index("q8_0"), "cols": 33}, False),
+        ({"kind": KINDS.index("q4_k"), "cols": 32}, False),
+        ({"kind": KINDS.index("nf4")}, False),
+    ],
+)
+def test_entries_refuse_a_matrix_that_they_cannot_read(changed, fits):
+    data, out = torch.zeros(4, 40), torch.zeros(4, 40)
+    matrix = Matrix(0, 0, 4, 32, data.data_ptr())
+    for name, value in changed.items():
+        setattr(matrix, name, value)
+    function = native.library()["lt_dequantize_rows"]
+    function.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_int64]
+    status = function(ctypes.addressof(matrix), None, 4, out.data_ptr(), 1)
+    assert status == (native.STATUS_OK if fits else native.STATUS_BAD_ARGUMENT)
+
+
 def test_probes_measure_something():
     assert probe.fma_peak(1, steps=10_000) > 1e8
     assert probe.read_bandwidth(1, buffer=torch.ones(1 << 16)) > 1e7
@@ -127,11 +184,12 @@ def test_an_instruction_set_that_the_machine_lacks_is_an_error():
 def test_threads_beside_torch_and_after_fork():
     run = python(
         """
-        import os, torch
+        import os, resource, torch
         from luthier import kernels
         torch.manual_seed(0)
         storage = kernels.Storage.dense(torch.randn(300, 256).bfloat16())
         x = torch.randn(70, 256)
+        denormal = x * 1e-39
         expected = kernels.frozen_linear(x, storage)
         for _ in range(50):
             torch.randn(256, 256) @ torch.randn(256, 256)
@@ -140,6 +198,19 @@ def test_threads_beside_torch_and_after_fork():
         if child == 0:
             same = all(torch.equal(kernels.frozen_linear(x, storage), expected) for _ in range(3))
             os._exit(0 if same and kernels.active().threads_from == "its own pool" else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        child = os.fork()
+        if child == 0:  # threads that run already flush denormal numbers when the caller begins to
+            kernels.frozen_linear(x, storage)
+            torch.set_flush_denormal(True)
+            results = [kernels.frozen_linear(denormal, storage).view(torch.int32) for _ in range(20)]
+            os._exit(0 if not any(int(bits.abs().max()) for bits in results) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        child = os.fork()
+        if child == 0:  # no memory for another thread's stack: the calling one does all the work
+            pages = int(open("/proc/self/statm").read().split()[0])
+            resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 6 * 2**20,) * 2)
+            os._exit(0 if torch.equal(kernels.frozen_linear(x, storage), expected) else 1)
         assert os.waitpid(child, 0)[1] == 0
         assert torch.equal(kernels.frozen_linear(x, storage), expected)
         print("done", kernels.active().threads_from)

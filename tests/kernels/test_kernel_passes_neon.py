@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from kernel_checks import relative_error
+from kernel_checks import relative_error, require_programs
 
 from luthier.kernels import attention, head, quantize
 from luthier.kernels import elementwise_reference as passes
 from luthier.kernels import quantize_reference as quantisers
 
 HERE = Path(__file__).parent
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not all(map(shutil.which, ("cmake", "aarch64-linux-gnu-g++", "qemu-aarch64"))),
-        reason="needs cmake, Debian's g++-aarch64-linux-gnu and qemu-user",
-    ),
-]
+pytestmark = pytest.mark.slow
 TOKENS, WIDTH = 70, 37
 
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library and passes_driver.cpp for AArch64."""
+    require_programs()
     folder = tmp_path_factory.mktemp("aarch64")
     toolchain = folder / "aarch64.cmake"
     toolchain.write_text(
@@ -62,9 +56,9 @@ def inputs_and_expected() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     targets = torch.arange(9) * 7 % 50
     expected += head._reference(hidden, [weight], [0, 50, 32, 0, 1], [0.0, 1.0], None, targets, 0.7, 5.0, 0.1, True)
     q, k, v, dout = (torch.randn(130, heads, 16) for heads in (4, 2, 2, 4))
-    starts, options = torch.tensor([10, 90, 95, 130]), (0.25, 3.0, 40, 10)
-    out, lse = attention._forward_reference(q, k, v, starts, *options)
-    expected += [out, lse, *attention._backward_reference(dout, q, k, v, starts, out, lse, *options)]
+    segments, options = (torch.tensor([0, 10, 90, 95, 130]), torch.tensor([-1, 0, 1, 0])), (0.25, 3.0, 40)
+    out, lse = attention._forward_reference(q, k, v, *segments, *options)
+    expected += [out, lse, *attention._backward_reference(dout, q, k, v, *segments, out, lse, *options)]
     matrix = torch.randn(4, 256)
     expected += [*quantisers.nf4_quantize(matrix)]
     expected += [quantisers.gguf_quantize(matrix, kind) for kind in quantize.GGUF_FORMATS]

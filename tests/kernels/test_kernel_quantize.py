@@ -173,6 +173,28 @@ def test_results_do_not_depend_on_the_number_of_threads():
     assert_same_for_all_threads(lambda: [*torch.ops.luthier.nf4_quantize(weight), quantize.quantize_gguf(weight, "Q4_K")])
 
 
+def test_double_quantisation_does_not_depend_on_the_number_of_threads():
+    """Above 32768 scales torch's mean does, and bitsandbytes takes it; ours is always that of one thread."""
+    weight = torch.randn(64 * 70_003, generator=torch.Generator().manual_seed(4))
+    assert_same_for_all_threads(lambda: list(quantize.quantize_nf4(weight)))
+
+
+def test_many_scales_are_bit_identical_to_bitsandbytes_on_one_thread():
+    bnb = pytest.importorskip("bitsandbytes.functional")
+    weight = torch.randn(64 * 70_003, generator=torch.Generator().manual_seed(4))
+    ours = quantize.quantize_nf4(weight)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(ours.codes, packed)
+    assert torch.equal(ours.absmax, state.absmax)
+    assert torch.equal(ours.nested_absmax, state.state2.absmax)
+    assert torch.equal(ours.nested_offset, state.offset)
+
+
 def test_ops_have_honest_schemas_and_fakes():
     weight = torch.randn(3, 256)
     torch.library.opcheck(torch.ops.luthier.nf4_quantize.default, (weight,))

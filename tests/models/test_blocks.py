@@ -43,7 +43,7 @@ def make_pack() -> Pack:
     ids = torch.randint(3, 390, (sum(LENGTHS),), generator=generator)
     starts = torch.tensor([0, *LENGTHS]).cumsum(0)
     predict = torch.tensor([t for t in range(len(ids) - 1) if t % 3 and t + 1 not in starts.tolist()])
-    return Pack(ids, starts, predict, ids[predict + 1], list(range(len(LENGTHS))))
+    return Pack.of_texts(ids, starts, predict)
 
 
 def adapted(folder: Path, *, base: str | None = None, name: str = "default", **spec) -> nn.Module:

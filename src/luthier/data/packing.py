@@ -1,4 +1,4 @@
-"""Examples laid end to end as one row of tokens, and where its supervised tokens stand."""
+"""Examples laid end to end as one row of tokens, beginnings that several share laid once, and where loss is taken."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from luthier.errors import ShapeError
+from luthier.models.prefix_tree import PrefixTree, sharing_order
 
 if TYPE_CHECKING:
     from luthier.data import Example
@@ -17,66 +18,115 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pack:
-    """N examples as one row of T tokens, S of them supervised.
+    """Examples as one row of T tokens in N segments, with S supervised tokens.
 
-    ids: (T,) int64, the examples end to end; starts: (N + 1,) int64, their boundaries from 0 to T;
-    predict, targets: (S,) int64: the hidden state at predict[i] predicts the token targets[i] = ids[predict[i] + 1];
-    rows: for each example, its index in the list it came from.
+    ids: (T,) int64; starts: (N + 1,) int64, the boundaries of the segments from 0 to T; parents: (N,) int64, the earlier
+    segment that each goes on from, -1 for none, so that examples with a common beginning form a tree.
+    predict, targets: (S,) int64: the hidden state at predict[i] predicts the token targets[i]; where examples part, one
+    hidden state predicts the next token of each.
+    rows: for each example, its index in the list it came from; places: for each example, (length,) int64, where its
+    tokens stand in `ids`.
     """
 
     ids: Tensor
     starts: Tensor
+    parents: Tensor
     predict: Tensor
     targets: Tensor
     rows: list[int]
+    places: list[Tensor]
+
+    @classmethod
+    def of_texts(cls, ids: Tensor, starts: Tensor, predict: Tensor) -> Pack:
+        """Texts end to end that share nothing, each a segment; the next token is the target of each position in `predict`."""
+        places = list(torch.arange(len(ids)).split(starts.diff().tolist()))
+        rows = list(range(len(places)))
+        return cls(ids, starts, torch.full((len(places),), -1), predict, ids[predict + 1], rows, places)
 
     @property
     def tokens(self) -> int:
+        """What is computed: tokens that examples share count once."""
         return self.ids.numel()
+
+    @property
+    def example_tokens(self) -> int:
+        """The sum of the examples' lengths."""
+        return sum(len(places) for places in self.places)
 
     @property
     def supervised_tokens(self) -> int:
         return self.targets.numel()
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether some token belongs to several examples."""
+        return self.tokens < self.example_tokens
 
-def pack_examples(examples: Sequence[Example], *, max_tokens: int) -> list[Pack]:
-    """Packs of at most `max_tokens` tokens, the order of the examples kept; a longer example is its own pack.
 
+def pack_examples(examples: Sequence[Example], *, max_tokens: int, share: bool = False) -> list[Pack]:
+    """Packs of at most `max_tokens` tokens; a longer example is its own pack.
+
+    Without `share` the order of the examples is kept and each is a segment. With it they are taken in the order of their
+    tokens, and what an example begins with in common with the one before it, is not laid again.
     The first token of an example has nothing before it that could predict it, so it never carries loss.
     Raises ShapeError for max_tokens below 1, an example without tokens, or a mask of another length than its ids.
     """
     if max_tokens < 1:
         raise ShapeError(f"max_tokens must be at least 1; got {max_tokens}.")
-    return [_pack(examples, rows) for rows in _groups(examples, max_tokens)]
+    for example in examples:
+        _check(example)
+    rows = range(len(examples))
+    order, shared = sharing_order([example.ids for example in examples]) if share else (rows, [0] * len(rows))
+    lengths = [len(examples[row].ids) for row in order]
+    return [
+        _lay(examples, order[group.start : group.stop], shared[group.start : group.stop])
+        for group in cut_in_groups(lengths, shared, max_tokens)
+    ]
 
 
-def _groups(examples: Sequence[Example], max_tokens: int) -> Iterator[list[int]]:
-    group: list[int] = []
-    tokens = 0
-    for row, example in enumerate(examples):
-        length = len(example.ids)
-        if length == 0 or length != len(example.supervised):
-            raise ShapeError(
-                "an example needs at least one token and one mark a token; "
-                f"{example.where} has {length} and {len(example.supervised)}. Render its row again."
-            )
-        if group and tokens + length > max_tokens:
-            yield group
-            group, tokens = [], 0
-        group.append(row)
-        tokens += length
-    if group:
-        yield group
+def cut_in_groups(lengths: Sequence[int], shared: Sequence[int], max_tokens: int) -> Iterator[range]:
+    """Runs of neighbours that fit a pack together: the first counts whole, each other one less what it shares."""
+    first, tokens = 0, 0
+    for number, (length, common) in enumerate(zip(lengths, shared, strict=True)):
+        if number > first and tokens + length - common > max_tokens:
+            yield range(first, number)
+            first = number
+        tokens = length if number == first else tokens + length - common
+    if lengths:
+        yield range(first, len(lengths))
 
 
-def _pack(examples: Sequence[Example], rows: list[int]) -> Pack:
-    starts = [0]
-    ids: list[int] = []
+def _check(example: Example) -> None:
+    length = len(example.ids)
+    if length == 0 or length != len(example.supervised):
+        raise ShapeError(
+            "an example needs at least one token and one mark a token; "
+            f"{example.where} has {length} and {len(example.supervised)}. Render its row again."
+        )
+
+
+def _lay(examples: Sequence[Example], rows: Sequence[int], shared: Sequence[int]) -> Pack:
+    tree, places = PrefixTree(), []
     predict: list[int] = []
-    for row in rows:
+    targets: list[int] = []
+    for number, (row, common) in enumerate(zip(rows, shared, strict=True)):
         example = examples[row]
-        predict += [starts[-1] + t - 1 for t in range(1, len(example.ids)) if example.supervised[t]]
-        ids += example.ids
-        starts.append(len(ids))
-    row_ids, where = torch.tensor(ids, dtype=torch.int64), torch.tensor(predict, dtype=torch.int64)
-    return Pack(row_ids, torch.tensor(starts, dtype=torch.int64), where, row_ids[where + 1], rows)
+        own = tree.add(example.ids, common if number else 0)
+        places.append(torch.tensor(own))
+        marked = [t for t in range(1, len(own)) if example.supervised[t]]
+        predict += [own[t - 1] for t in marked]
+        targets += [example.ids[t] for t in marked]
+    starts, parents = tree.segments()
+    return Pack(
+        ids=_numbers(tree.ids),
+        starts=_numbers(starts),
+        parents=_numbers(parents),
+        predict=_numbers(predict),
+        targets=_numbers(targets),
+        rows=list(rows),
+        places=places,
+    )
+
+
+def _numbers(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)

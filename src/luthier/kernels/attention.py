@@ -1,4 +1,4 @@
-"""Causal attention over documents packed end to end: each attends only to itself, and to a prefix that all may share."""
+"""Causal attention over texts packed end to end, each attending only to itself; a beginning that several share stands once."""
 
 from __future__ import annotations
 
@@ -28,29 +28,33 @@ def packed_attention(
     *,
     window: int | None = None,
     softcap: float | None = None,
-    prefix: int = 0,
+    parents: Tensor | None = None,
 ) -> Tensor:
-    """softmax(cap(scale q k^T)) v, causal, inside each document; never a mask or scores over the whole pack.
+    """softmax(cap(scale q k^T)) v, causal, inside each text; never a mask or scores over the whole pack.
 
     q: (T, H, D), k and v: (T, H_kv, D), float32; head h reads key head h // (H / H_kv). -> (T, H, D).
-    starts: (N + 1,) int64, rising from `prefix` to T: document n is [starts[n], starts[n + 1]).
-    prefix: the first `prefix` tokens come before every document: they attend to themselves, each document attends to
-    all of them and to itself, and their gradients are summed over the documents.
-    window: a token sees itself and window - 1 tokens before it, counted in the document's positions (behind the prefix).
+    starts: (N + 1,) int64, rising from 0 to T: segment n is [starts[n], starts[n + 1]).
+    parents: (N,) int64: segment n goes on where segment parents[n] < n ends, and begins a text where that is -1. It
+    attends to itself and to the whole of its parent, the parent's parent and so on; gradients to those are summed over
+    all that share them. Without parents every segment is a text.
+    window: a token sees itself and window - 1 tokens before it, counted along its text.
     softcap: scores s become softcap tanh(s / softcap). Backward computes the scores again from the kept log sums.
-    Raises ShapeError for other dtypes and sizes, or starts that do not cover the pack.
+    Raises ShapeError for other dtypes and sizes, starts that do not cover the pack, parents that come later.
     """
-    _check(q, k, v, starts, window, softcap, prefix)
+    if parents is None:
+        parents = torch.full((max(0, starts.numel() - 1),), -1)
+    _check(q, k, v, starts, parents, window, softcap)
     size = q.shape[2]
     padding = -size % HEAD_UNIT
     if padding:
         q, k, v = (F.pad(x, (0, padding)) for x in (q, k, v))
-    options = (scale, softcap or 0.0, window or 0, prefix)
-    out = _PackedAttention.apply(q.contiguous(), k.contiguous(), v.contiguous(), starts.contiguous(), options)
+    options = (scale, softcap or 0.0, window or 0)
+    q, k, v, starts, parents = (x.contiguous() for x in (q, k, v, starts, parents))
+    out = _PackedAttention.apply(q, k, v, starts, parents, options)
     return out[..., :size] if padding else out
 
 
-def _check(q, k, v, starts, window, softcap, prefix) -> None:
+def _check(q, k, v, starts, parents, window, softcap) -> None:
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or (q.shape[0], q.shape[2]) != (k.shape[0], k.shape[2]):
         raise ShapeError(
             f"q is (T, H, D), k and v are (T, H_kv, D); got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}."
@@ -65,41 +69,53 @@ def _check(q, k, v, starts, window, softcap, prefix) -> None:
         raise ShapeError(f"window must be at least 1, or None for no window; got {window}.")
     if softcap is not None and not softcap > 0:
         raise ShapeError(f"softcap must be above 0, or None for no cap; got {softcap}.")
-    _check_starts(starts, q.shape[0], prefix)
+    _check_segments(starts, parents, q.shape[0])
 
 
-def _check_starts(starts: Tensor, tokens: int, prefix: int) -> None:
+def _check_segments(starts: Tensor, parents: Tensor, tokens: int) -> None:
     if starts.ndim != 1 or starts.numel() < 1 or starts.dtype != torch.int64 or starts.device.type != "cpu":
         raise ShapeError(
             f"starts must be int64 of shape (N + 1,) on the CPU; got {tuple(starts.shape)} {starts.dtype} {starts.device}."
         )
-    first, last = int(starts[0]), int(starts[-1])
-    if prefix < 0 or first != prefix or last != tokens or bool((starts.diff() < 0).any()):
+    if starts[0] != 0 or starts[-1] != tokens or bool((starts.diff() < 0).any()):
         raise ShapeError(
-            f"starts must rise from the prefix's length {prefix} to the number of tokens {tokens}; "
-            f"got {starts[:8].tolist()}{' ...' if starts.numel() > 8 else ''} ending with {last}."
+            f"starts must rise from 0 to the number of tokens {tokens}; "
+            f"got {starts[:8].tolist()}{' ...' if starts.numel() > 8 else ''} ending with {int(starts[-1])}."
         )
+    segments = starts.numel() - 1
+    if parents.shape != (segments,) or parents.dtype != torch.int64 or parents.device.type != "cpu":
+        raise ShapeError(
+            f"parents must be int64 of shape ({segments},) on the CPU; got {tuple(parents.shape)} {parents.dtype} "
+            f"{parents.device}."
+        )
+    if bool((parents < -1).any()) or bool((parents >= torch.arange(segments)).any()):
+        raise ShapeError(f"a segment goes on from an earlier one or, with -1, from none; got parents {parents[:8].tolist()}.")
 
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, starts, options):
-        out, lse = attention_op(q, k, v, starts, *options)
+    def forward(ctx, q, k, v, starts, parents, options):
+        out, lse = attention_op(q, k, v, starts, parents, *options)
         ctx.options = options
-        ctx.save_for_backward(q, k, v, starts, out, lse)
+        ctx.save_for_backward(q, k, v, starts, parents, out, lse)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        q, k, v, starts, out, lse = ctx.saved_tensors
-        return *attention_backward_op(dout.contiguous(), q, k, v, starts, out, lse, *ctx.options), None, None
+        q, k, v, starts, parents, out, lse = ctx.saved_tensors
+        return *attention_backward_op(dout.contiguous(), q, k, v, starts, parents, out, lse, *ctx.options), None, None, None
 
 
-def _spans(starts: Tensor, prefix: int) -> list[tuple[int, int, int]]:
-    """(begin, end, prefix tokens before it) of the prefix, if there is one, and of every document."""
-    documents = [(begin, end, prefix) for begin, end in pairwise(starts.tolist()) if end > begin]
-    return [(0, prefix, 0), *documents] if prefix else documents
+def _spans(starts: Tensor, parents: Tensor) -> list[tuple[int, int, Tensor]]:
+    """(begin, end, the rows that its tokens see: those of its text up to its own last) of every segment."""
+    spans: list[tuple[int, int, Tensor]] = []
+    seen: list[Tensor] = []
+    for (begin, end), parent in zip(pairwise(starts.tolist()), parents.tolist(), strict=True):
+        own = torch.arange(begin, end)
+        seen.append(own if parent < 0 else torch.cat([seen[parent], own]))
+        spans.append((begin, end, seen[-1]))
+    return [span for span in spans if span[1] > span[0]]
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, softcap: float, window: int, before: int) -> tuple[Tensor, Tensor]:
@@ -114,28 +130,23 @@ def _scores(q: Tensor, k: Tensor, scale: float, softcap: float, window: int, bef
     return raw.masked_fill(hidden, -torch.inf), slope
 
 
-def _with_prefix(x: Tensor, begin: int, end: int, before: int, group: int) -> Tensor:
-    """The prefix's rows and the span's, repeated for each query head."""
-    return torch.cat([x[:before], x[begin:end]]).repeat_interleave(group, 1)
-
-
-def _forward_reference(q, k, v, starts, scale, softcap, window, prefix) -> tuple[Tensor, Tensor]:
+def _forward_reference(q, k, v, starts, parents, scale, softcap, window) -> tuple[Tensor, Tensor]:
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:2])
     group = q.shape[1] // k.shape[1]
-    for begin, end, before in _spans(starts, prefix):
-        keys, values = (_with_prefix(x, begin, end, before, group) for x in (k, v))
-        scores, _ = _scores(q[begin:end], keys, scale, softcap, window, before)
+    for begin, end, seen in _spans(starts, parents):
+        keys, values = (x[seen].repeat_interleave(group, 1) for x in (k, v))
+        scores, _ = _scores(q[begin:end], keys, scale, softcap, window, len(seen) - (end - begin))
         lse[begin:end] = scores.logsumexp(-1).T
         out[begin:end] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)
     return out, lse
 
 
-def _backward_reference(dout, q, k, v, starts, out, lse, scale, softcap, window, prefix) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_reference(dout, q, k, v, starts, parents, out, lse, scale, softcap, window) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     group = q.shape[1] // k.shape[1]
-    for begin, end, before in _spans(starts, prefix):
-        keys, values = (_with_prefix(x, begin, end, before, group) for x in (k, v))
-        scores, slope = _scores(q[begin:end], keys, scale, softcap, window, before)
+    for begin, end, seen in _spans(starts, parents):
+        keys, values = (x[seen].repeat_interleave(group, 1) for x in (k, v))
+        scores, slope = _scores(q[begin:end], keys, scale, softcap, window, len(seen) - (end - begin))
         p = (scores - lse[begin:end].T.unsqueeze(-1)).exp()
         delta = (dout[begin:end] * out[begin:end]).sum(-1).T.unsqueeze(-1)
         ds = p * (torch.einsum("qhd,khd->hqk", dout[begin:end], values) - delta) * slope
@@ -144,9 +155,7 @@ def _backward_reference(dout, q, k, v, starts, out, lse, scale, softcap, window,
             (dk, torch.einsum("hqk,qhd->khd", ds, q[begin:end])),
             (dv, torch.einsum("hqk,qhd->khd", p, dout[begin:end])),
         ):
-            grouped = per_head.unflatten(1, (-1, group)).sum(2)
-            total[:before] += grouped[:before]
-            total[begin:end] += grouped[before:]
+            total[seen] += per_head.unflatten(1, (-1, group)).sum(2)
     return dq, dk, dv
 
 
@@ -160,35 +169,37 @@ class _Attention(ctypes.Structure):
         ("scale", c_float),
         ("softcap", c_float),
         ("window", c_int64),
-        ("prefix", c_int64),
-        ("documents", c_int64),
+        ("segments", c_int64),
         ("starts", c_void_p),
+        ("parents", c_void_p),
     )
 
 
-def _description(q, k, v, starts, scale, softcap, window, prefix) -> _Attention:
+def _description(q, k, v, starts, parents, scale, softcap, window) -> _Attention:
     tokens, heads, size = native.check_tensor(q, "q", torch.float32, (None, None, None)).shape
     kv_heads = native.check_tensor(k, "k", torch.float32, (tokens, None, size)).shape[1]
     native.check_tensor(v, "v", torch.float32, (tokens, kv_heads, size))
     native.check_tensor(starts, "starts", torch.int64, (None,))
-    _check_starts(starts, tokens, prefix)
+    native.check_tensor(parents, "parents", torch.int64, (None,))
+    _check_segments(starts, parents, tokens)
     if size % HEAD_UNIT or kv_heads == 0 or heads % kv_heads:
         raise ShapeError(
             f"native attention takes head sizes that are multiples of {HEAD_UNIT}, in whole groups; got {tuple(q.shape)}."
         )
-    return _Attention(heads, kv_heads, size, scale, softcap, window, prefix, starts.numel() - 1, starts.data_ptr())
+    pointers = starts.data_ptr(), parents.data_ptr()
+    return _Attention(heads, kv_heads, size, scale, softcap, window, parents.numel(), *pointers)
 
 
-def _forward_native(q, k, v, starts, scale, softcap, window, prefix) -> tuple[Tensor, Tensor]:
-    described = _description(q, k, v, starts, scale, softcap, window, prefix)
+def _forward_native(q, k, v, starts, parents, scale, softcap, window) -> tuple[Tensor, Tensor]:
+    described = _description(q, k, v, starts, parents, scale, softcap, window)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:2])
     call = native.entry("lt_attention_forward", *[c_void_p] * 6, c_int)
     call(ctypes.addressof(described), *(x.data_ptr() for x in (q, k, v, out, lse)), native.threads())
     return out, lse
 
 
-def _backward_native(dout, q, k, v, starts, out, lse, scale, softcap, window, prefix) -> tuple[Tensor, Tensor, Tensor]:
-    described = _description(q, k, v, starts, scale, softcap, window, prefix)
+def _backward_native(dout, q, k, v, starts, parents, out, lse, scale, softcap, window) -> tuple[Tensor, Tensor, Tensor]:
+    described = _description(q, k, v, starts, parents, scale, softcap, window)
     for tensor, what in ((dout, "the gradient"), (out, "out")):
         native.check_tensor(tensor, what, torch.float32, tuple(q.shape))
     native.check_tensor(lse, "lse", torch.float32, tuple(q.shape[:2]))
@@ -198,8 +209,8 @@ def _backward_native(dout, q, k, v, starts, out, lse, scale, softcap, window, pr
     return dq, dk, dv
 
 
-_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor starts"
-_OPTIONS = "float scale, float softcap, int window, int prefix"
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor starts, Tensor parents"
+_OPTIONS = "float scale, float softcap, int window"
 attention_op = define_op(
     "packed_attention",
     f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)",

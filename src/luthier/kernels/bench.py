@@ -23,8 +23,8 @@ from luthier.kernels.bench_cases import (
     quantize_case,
 )
 from luthier.kernels.memory import keep_freed_memory
+from luthier.progress import Progress
 
-Progress = Callable[[str, int, int], None]
 COPY_FLOATS = 1 << 24
 READ_FLOATS = 1 << 26
 
@@ -88,13 +88,24 @@ def _repeats(call: Callable[[], object], wanted_seconds: float = 0.01) -> int:
     return max(1, min(1000, int(wanted_seconds / max(1e-7, _seconds(call)))))
 
 
-def run_cases(cases: Sequence[Callable[[], Case]], *, pairs: int, progress: Progress | None = None) -> dict[str, Any]:
-    """{"bounds": {...}, "rows": [...]} of cases that are built one at a time, so that only one's tensors live."""
+def run_cases(
+    cases: Sequence[Callable[[], Case]],
+    *,
+    pairs: int,
+    progress: Progress | None = None,
+    keep: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """{"bounds": {...}, "rows": [...]} of cases that are built one at a time, so that only one's tensors live.
+
+    `keep` gets each row as soon as it is measured, so that what was found outlives a crash.
+    """
     keep_freed_memory()
     bounds = Bounds()
     rows = []
     for index, build in enumerate(cases):
         rows.append(measure(build(), bounds, pairs))
+        if keep is not None:
+            keep(rows[-1])
         if progress is not None:
             progress("kernels", index + 1, len(cases))
     measured = {name: statistics.median(bounds.now(name) for _ in range(9)) for name in ("fma", "read", "copy")}

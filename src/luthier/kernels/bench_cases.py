@@ -22,7 +22,7 @@ from luthier.kernels.elementwise_ops import (
     rotary_in_place_op,
 )
 from luthier.kernels.head import linear_cross_entropy
-from luthier.kernels.linear_ops import Part, Term, backward_input_op, flatten, forward_op
+from luthier.kernels.linear_ops import Part, Term, backward_input_op, flatten, forward_op, outer_op
 from luthier.kernels.quantize import nf4_storage, quantize_gguf, quantize_nf4
 from luthier.kernels.storage import DENSE_DTYPES, GGUF_BLOCKS, Storage, from_parts
 
@@ -120,6 +120,19 @@ def _linear(tokens: int, inputs: int, outputs: int, kind: str, turned: bool) -> 
         LINEAR_TARGETS.get((tokens, inputs, outputs)) if wanted else None,
         {"torch f32": TORCH_TARGET} if wanted and tokens == 512 else {},
     )
+
+
+def factor_cases(tokens: int, inputs: int, outputs: int) -> list[Callable[[], Case]]:
+    """dA = s v^T x and dB = s dy^T u at rank 16: at most 2 * 16 flops for 4 bytes read, so memory bounds them."""
+
+    def build(name: str, features: int, turned: bool) -> Case:
+        wide, narrow = torch.randn(tokens, features), torch.randn(tokens, RANK)
+        flops, run = 2.0 * tokens * features * RANK, partial(outer_op, narrow, wide, 2.0, turned)
+        return Case(
+            f"linear {name}", f"{tokens}x{inputs}x{outputs}", "f32", flops, "fma", run, {"torch f32": lambda: narrow.T @ wide}
+        )
+
+    return [partial(build, "dA", inputs, False), partial(build, "dB", outputs, True)]
 
 
 def _one_token(inputs: int, outputs: int, kind: str) -> Case:

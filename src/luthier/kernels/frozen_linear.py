@@ -13,6 +13,8 @@ from luthier.kernels.linear_ops import (
     Part,
     Term,
     backward_input_op,
+    column_sums,
+    factor_product,
     flatten,
     forward_op,
     outer_op,
@@ -111,7 +113,7 @@ class _FrozenLinear(torch.autograd.Function):
         scalings = ctx.numbers[1::2]
         dA = [outer_op(v[p], x, scalings[p], False) if wants_A[p] else None for p in range(count)]
         dB = [outer_op(inner[p], grads[p], scalings[p], True) if wants_B[p] else None for p in range(count)]
-        dbias = [grads[p].sum(0) if wants_bias[p] else None for p in range(count)]
+        dbias = [column_sums(grads[p]) if wants_bias[p] else None for p in range(count)]
         return dx, None, None, None, *dbias, *dA, *dB
 
 
@@ -119,7 +121,7 @@ def _input_gradient(ctx, dys, stored, A, B, wants_A) -> tuple[Tensor | None, lis
     """dx and v_p = dy_p B_p; without a gradient to x (the first layer), v alone."""
     if ctx.needs_input_grad[0]:
         return backward_input_op(dys, stored, ctx.layout, ctx.numbers, A, B)
-    return None, [dy @ b if wanted else None for dy, b, wanted in zip(dys, B, wants_A, strict=True)]
+    return None, [factor_product(dy, b) if wanted else None for dy, b, wanted in zip(dys, B, wants_A, strict=True)]
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

@@ -19,6 +19,7 @@ from luthier.kernels.storage import Storage
 
 LOGITS_BYTES = 48 * 2**20
 FEWEST_ROWS = 32
+SUMMED_AT_ONCE = 16384
 
 
 def linear_cross_entropy(
@@ -71,6 +72,12 @@ def _check(hidden, head, targets, bias, softcap, label_smoothing) -> None:
         raise ShapeError(f"label_smoothing must be in [0, 1); got {label_smoothing}.")
 
 
+def _summed(losses: Tensor) -> Tensor:
+    """The sum, in pieces that torch adds on one thread, so that its order does not depend on their number."""
+    pieces = [piece.sum(dtype=torch.float64) for piece in losses.split(SUMMED_AT_ONCE)]
+    return torch.stack(pieces).sum().to(torch.float32)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, bias, targets, options):
@@ -78,7 +85,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses, dhidden = cross_entropy_op(hidden, stored, layout, numbers, bias, targets, *options)
         ctx.save_for_backward(dhidden)
         ctx.mark_non_differentiable(losses)
-        return losses.sum(dtype=torch.float64).to(torch.float32), losses
+        return _summed(losses), losses
 
     @staticmethod
     @once_differentiable
@@ -109,12 +116,14 @@ def _fake(hidden, stored, layout, numbers, bias, targets, scale, softcap, smooth
 
 
 def _native(hidden, stored, layout, numbers, bias, targets, scale, softcap, smoothing, gradient) -> tuple[Tensor, Tensor]:
-    (matrix,) = linear_native._matrices(stored, layout, numbers)
+    (matrix,) = linear_native.matrices(stored, layout, numbers)
     rows, _ = native.check_tensor(hidden, "hidden", torch.float32, (None, matrix.cols)).shape
     native.check_tensor(targets, "targets", torch.int64, (rows,))
     if bias is not None:
         native.check_tensor(bias, "bias", torch.float32, (matrix.rows,))
     losses, dhidden = _fake(hidden, stored, layout, numbers, bias, targets, scale, softcap, smoothing, gradient)
+    if rows == 0:
+        return losses, dhidden
     chunk = rows_at_once(rows, matrix.rows)
     logits = hidden.new_empty(chunk, matrix.rows)
     call = native.entry(

@@ -1,8 +1,7 @@
 """The ops behind `frozen_linear`: products with stored matrices and their low-rank terms, as torch.library knows them.
 
-A group of layers that share x is passed as flat lists. For part p: its stored tensors, five integers in `layout`
-(kind, out_features, in_features, transposed, number of tensors), two floats in `numbers` (NF4's offset, the term's
-scaling), and optional bias, A and B.
+A group of layers that share x is passed as flat lists. For part p: its stored tensors, five integers in `layout` and two
+floats in `numbers` (storage.py says which), and optional bias, A and B.
 """
 
 from __future__ import annotations
@@ -17,9 +16,8 @@ from torch import Tensor
 from luthier.kernels import linear_native
 from luthier.kernels.dequantize import dequantize_reference
 from luthier.kernels.registry import define_op
-from luthier.kernels.storage import KINDS, Storage, from_parts
+from luthier.kernels.storage import KINDS, LAYOUT, NUMBERS, Storage, storages_of
 
-LAYOUT, NUMBERS = 5, 2
 Optional = Tensor | None
 
 
@@ -65,14 +63,10 @@ def flatten(
 
 def unflatten(stored, layout, numbers, bias, A, B) -> list[Part]:
     """The inverse of `flatten`."""
-    parts, at = [], 0
-    for p in range(len(layout) // LAYOUT):
-        kind, rows, columns, transposed, count = layout[p * LAYOUT : (p + 1) * LAYOUT]
-        offset, scaling = numbers[p * NUMBERS : (p + 1) * NUMBERS]
-        storage = from_parts(KINDS[kind], (rows, columns), list(stored[at : at + count]), offset, bool(transposed))
-        term = None if A[p] is None or B[p] is None else Term(A[p], B[p], scaling)
+    parts = []
+    for p, storage in enumerate(storages_of(list(stored), list(layout), list(numbers))):
+        term = None if A[p] is None or B[p] is None else Term(A[p], B[p], numbers[p * NUMBERS + 1])
         parts.append(Part(storage, bias[p], term))
-        at += count
     return parts
 
 
@@ -131,13 +125,11 @@ def _outer_fake(inner: Tensor, x: Tensor, scaling: float, turned: bool) -> Tenso
     return x.new_empty(x.shape[1], inner.shape[1]) if turned else x.new_empty(inner.shape[1], x.shape[1])
 
 
-def _column_sums_fake(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[1])
-
-
 def _rows_reference(stored, layout, numbers, ids: Optional) -> Tensor:
     (part,) = unflatten(stored, layout, numbers, [None], [None], [None])
     dense = dequantize_reference(part.storage)
+    if ids is not None:
+        linear_native.check_ids(ids, dense.shape[0])
     return dense.clone() if ids is None else dense[ids]
 
 
@@ -180,3 +172,18 @@ rows_op = define_op(
     fake=_rows_fake,
     native_call=linear_native.rows,
 )
+
+
+def factor_product(dy: Tensor, B: Tensor) -> Tensor:
+    """v = dy B, (T, rank), as `backward_input_op` gives it beside dx, where no dx is wanted.
+
+    dy: (T, out_features), B: (out_features, rank), float32. The order of its sums does not depend on the threads.
+    """
+    stored, layout, numbers, *rest = flatten([Part(Storage.dense(B, transposed=True))])
+    (v,), _ = forward_op(dy, stored, layout, numbers, *rest)
+    return v
+
+
+def column_sums(dy: Tensor) -> Tensor:
+    """The sum of dy over tokens, (out_features,): a bias's gradient. Its order does not depend on the threads."""
+    return outer_op(dy.new_ones(dy.shape[0], 1), dy, 1.0, False).reshape(-1)

@@ -22,11 +22,11 @@ from torch import Tensor
 import luthier.kernels
 from luthier.errors import ConfigError, LuthierError, NumericError, ShapeError, nearest
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 LIBRARY_NAME = "libluthier_kernels.dylib" if sys.platform == "darwin" else "libluthier_kernels.so"
 MODES = ("native", "reference")
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "neon")
-STATUS_OK, STATUS_BAD_ARGUMENT, STATUS_NO_MEMORY, STATUS_BAD_ISA, STATUS_NOT_FINITE = range(5)
+STATUS_OK, STATUS_BAD_ARGUMENT, STATUS_NO_MEMORY, STATUS_BAD_ISA, STATUS_NOT_FINITE, STATUS_FAILED = range(6)
 
 _forced_mode: str | None = None
 
@@ -150,6 +150,8 @@ def _failure(name: str, status: int) -> LuthierError | MemoryError:
         return MemoryError(f"{name} could not allocate its scratch memory.")
     if status == STATUS_NOT_FINITE:
         return NumericError(f"{name} needs finite numbers; its input has NaN or Inf.")
+    if status == STATUS_FAILED:
+        return LuthierError(f"{name} failed inside the library, for want of something that the system would not give.")
     return ShapeError(f"{name} refused its arguments (status {status}); the binding let a size or pointer through.")
 
 
@@ -165,7 +167,7 @@ def check_tensor(tensor: Tensor, what: str, dtype: torch.dtype, shape: tuple[int
     """
     if tensor.dtype != dtype:
         raise ShapeError(f"{what} must be {dtype}; got {tensor.dtype}. Try .to({dtype}).")
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         raise ShapeError(f"{what} must be on the CPU; got {tensor.device}.")
     if shape is not None and not _fits(tensor.shape, shape):
         expected = "(" + ", ".join("*" if size is None else str(size) for size in shape) + ")"
@@ -178,4 +180,6 @@ def check_tensor(tensor: Tensor, what: str, dtype: torch.dtype, shape: tuple[int
 
 
 def _fits(shape: torch.Size, expected: tuple[int | None, ...]) -> bool:
-    return len(shape) == len(expected) and all(want is None or want == got for want, got in zip(expected, shape, strict=True))
+    if len(shape) != len(expected):
+        return False
+    return [got if want is None else want for want, got in zip(expected, shape, strict=True)] == list(shape)

@@ -41,8 +41,8 @@ def quantize_nf4(weight: Tensor, *, double: bool = True) -> Nf4:
     Each block is divided by its absmax and rounded to the nearest of 16 codes. With `double` the scales are stored in
     8 bits: their mean is taken off and blocks of 256 go to the nearest value of the signed dynamic map.
     weight: any shape, float32, bfloat16 or float16, contiguous, finite and not empty. The bytes are those of
-    bitsandbytes 0.50 on a CPU with the same number of torch threads (its mean of the scales is torch's, which adds in
-    an order that depends on that number once there are more than 32768 scales).
+    bitsandbytes 0.50 on a CPU: with `double` always for up to 32768 scales, and for more where it runs on one torch
+    thread. Its mean of the scales is torch's, whose order of addition then depends on the threads; ours is that of one.
     Error without `double`: |w - w_hat| <= 0.1519 absmax of the block.
     Raises ShapeError for another dtype, and NumericError that names the first NaN or Inf.
     Source: QLoRA, arXiv:2305.14314, section 3.
@@ -91,7 +91,7 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     offset = mean(absmax); the differences are multiplied by the reciprocal of the absmax of their block of 256 and
     rounded through a table of 65536 steps of [-1, 1], as bitsandbytes does; a block of zeros gets code 0.
     """
-    offset = absmax.mean()
+    offset = _mean_on_one_thread(absmax)
     blocks = torch.nn.functional.pad(absmax - offset, (0, -absmax.numel() % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     nested_absmax = blocks.abs().amax(1)
     # The reciprocal of a denormal is Inf, and 0 Inf is NaN; bitsandbytes reads that as -1.
@@ -99,6 +99,18 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     codes = _lookup_on(str(absmax.device))[((scaled + 1.0) * 32767.5 + 0.5).to(torch.int64).clamp(max=65535)]
     codes = torch.where((nested_absmax == 0).unsqueeze(1), 0, codes)
     return codes.reshape(-1)[: absmax.numel()].clone(), nested_absmax, offset
+
+
+def _mean_on_one_thread(values: Tensor) -> Tensor:
+    """torch's mean, whose last bit depends on the number of threads above 32768 values, as one thread computes it."""
+    threads = torch.get_num_threads()
+    if values.device.type != "cpu" or threads == 1:
+        return values.mean()
+    torch.set_num_threads(1)
+    try:
+        return values.mean()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def quantize_gguf(weight: Tensor, kind: str) -> Tensor:

@@ -24,6 +24,9 @@ GGUF_BLOCKS = {
 }
 # The position of a kind is its number in the C ABI (csrc/linear.h).
 KINDS = (*DENSE_DTYPES, "nf4", *GGUF_BLOCKS)
+# What describes one matrix in an op's flat arguments: five integers (number of the kind, out_features, in_features,
+# transposed, number of tensors) and two floats (NF4's offset, the scaling of the layer's term).
+LAYOUT, NUMBERS = 5, 2
 NF4_BLOCK = 64
 NF4_NESTED_BLOCK = 256
 
@@ -79,9 +82,39 @@ class Storage:
 
 def from_parts(kind: str, shape: tuple[int, int], tensors: list[Tensor], offset: float, transposed: bool) -> Storage:
     """The inverse of `Storage.tensors`."""
-    data, absmax, code, nested_absmax, nested_map = [*tensors, None, None, None, None][:5]
-    assert data is not None
-    return Storage(kind, shape, data, absmax, code, nested_absmax, nested_map, offset, transposed)
+    return Storage(kind, shape, *_five(tensors), offset, transposed)
+
+
+def storages_of(stored: list[Tensor], layout: list[int], numbers: list[float]) -> list[Storage]:
+    """The matrices that an op's flat arguments describe, checked; they must have the same in_features.
+
+    Raises ShapeError where a tensor does not fit its kind and shape, or the lists do not fit together.
+    """
+    count = len(layout) // LAYOUT
+    if count == 0 or len(layout) != LAYOUT * count or len(numbers) != NUMBERS * count or sum(layout[4::LAYOUT]) != len(stored):
+        raise ShapeError(
+            f"layout has {LAYOUT} integers a matrix, the last its tensors, and numbers {NUMBERS}; "
+            f"got {len(layout)} and {len(numbers)} for {len(stored)} tensors."
+        )
+    storages: list[Storage] = []
+    at = 0
+    for p in range(count):
+        number, out_features, in_features, transposed, tensors = layout[LAYOUT * p : LAYOUT * (p + 1)]
+        if not 0 <= number < len(KINDS) or transposed not in (0, 1):
+            raise ShapeError(f"a kind's number is below {len(KINDS)}, transposed 0 or 1; got {number} and {transposed}.")
+        offset, shape = numbers[NUMBERS * p], (out_features, in_features)
+        storages.append(from_parts(KINDS[number], shape, stored[at : at + tensors], offset, transposed == 1))
+        at += tensors
+    if any(storage.shape[1] != storages[0].shape[1] for storage in storages):
+        raise ShapeError(f"layers of a group share x; got in_features {[storage.shape[1] for storage in storages]}.")
+    return storages
+
+
+def _five(tensors: list[Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    if not 1 <= len(tensors) <= 5:
+        raise ShapeError(f"a matrix is stored in 1 to 5 tensors; got {len(tensors)}.")
+    absmax, code, nested_absmax, nested_map = [*tensors[1:], None, None, None, None][:4]
+    return tensors[0], absmax, code, nested_absmax, nested_map
 
 
 def _problem(s: Storage) -> str | None:
@@ -91,6 +124,8 @@ def _problem(s: Storage) -> str | None:
     out_features, in_features = s.shape
     if out_features < 1 or in_features < 1:
         return f"a matrix has at least one row and one column; got {s.shape}."
+    if s.kind != "nf4" and (s.absmax is not None or s.code is not None):
+        return f"only nf4 has scales beside its data; got {len(s.tensors())} tensors for {s.kind}."
     if s.kind in DENSE_DTYPES:
         stored = (in_features, out_features) if s.transposed else s.shape
         return _unfit(s.data, f"the {s.kind} matrix", DENSE_DTYPES[s.kind], stored)
@@ -109,6 +144,9 @@ def _nf4_problem(s: Storage) -> str | None:
     blocks = -(-weights // NF4_BLOCK)
     if s.absmax is None or s.code is None:
         return "nf4 storage needs absmax and code; one of them is missing."
+    devices = {tensor.device for tensor in s.tensors()}
+    if len(devices) > 1:
+        return f"a matrix's tensors are on one device; got {', '.join(sorted(map(str, devices)))}."
     double = s.absmax.dtype == torch.uint8
     if double != (s.nested_absmax is not None and s.nested_map is not None):
         return f"nested scales go with absmax in uint8, and only with it; got absmax in {s.absmax.dtype}."
@@ -129,7 +167,7 @@ def _unfit(tensor: Tensor, what: str, dtype: torch.dtype, shape: tuple[int, ...]
     """Why `tensor` is not a contiguous tensor of this dtype and shape (`flat`: of this many elements), or None."""
     if tensor.dtype != dtype:
         return f"{what} must be {dtype}; got {tensor.dtype}."
-    fits = tensor.numel() == prod(shape) if flat else tuple(tensor.shape) == shape
+    fits = tensor.numel() == prod(shape) if flat else tensor.shape == shape
     if not fits:
         return f"{what} must have {'elements' if flat else 'shape'} {shape[0] if flat else shape}; got {tuple(tensor.shape)}."
     if not tensor.is_contiguous():

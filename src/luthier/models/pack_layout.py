@@ -47,6 +47,11 @@ def packed_layout(model: PreTrainedModel, starts: Sequence[int]) -> Iterator[Non
         yield
 
 
+def is_packed(model: PreTrainedModel) -> bool:
+    """Whether `model` is inside `packed_layout`."""
+    return model.config.get_text_config()._attn_implementation == INTERFACE_NAME
+
+
 def current_layout() -> Layout:
     """What makes the present layout again, for a layer that is computed a second time after the block has ended."""
     return _layout.get()

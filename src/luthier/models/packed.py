@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from luthier.errors import ModelError, ShapeError
-from luthier.models.blocks import blocks_hidden
+from luthier.models.blocks import Entry, Tokens, blocks_hidden, blocks_inputs, blocks_obstacle, blocks_share
 from luthier.models.modes import evaluation_mode
 from luthier.models.pack_layout import NotPackable, documents, packed_layout
-
-logger = logging.getLogger(__name__)
+from luthier.notices import say_once
 
 PROBE_STARTS = (0, 6, 13)
 
@@ -57,20 +56,32 @@ class _Facts:
 _facts: WeakKeyDictionary[nn.Module, _Facts] = WeakKeyDictionary()
 
 
-def packed_hidden(model: PreTrainedModel, ids: Tensor, starts: Tensor, rows: Tensor | None = None) -> Tensor:
+def packed_hidden(
+    model: PreTrainedModel,
+    ids: Tensor,
+    starts: Tensor,
+    rows: Tensor | None = None,
+    parents: Tensor | None = None,
+    entry: Entry | None = None,
+) -> Tensor:
     """Hidden states before the head, after the final norm, of documents that attend only inside themselves.
 
     ids: (T,) int64, the documents end to end; starts: (N + 1,) int64, their boundaries from 0 to T; rows: (S,) int64,
-    different positions in the pack, or None for all.
+    different positions in the pack, or None for all. parents: (N,) int64, for models that `shares_prefixes` names:
+    what stands between two boundaries goes on where an earlier one ends, -1 for a beginning; None for all beginnings.
     -> (T, hidden) or (S, hidden) float32, what each document alone would give; positions restart at 0. No padding is
     computed and no mask over the row is made. Known families run as fused blocks, which skip the last layer's work that
     `rows` has no use for. A family that cannot be packed runs its documents one by one, which is logged once.
-    Raises ShapeError for boundaries that do not fit the ids.
+    entry: begin at a decoder layer, with what goes into it, as `packed_inputs` gives it.
+    Raises ShapeError for boundaries that do not fit the ids, parents or an entry with a model that cannot use them.
     """
     boundaries = _check(ids, starts)
+    parents = _usable(model, parents)
+    if entry is not None and (obstacle := entry_obstacle(model)) is not None:
+        raise ShapeError(f"{type(model).__name__} runs as a whole only: {obstacle}. Give no entry.")
     if _facts_of(model).obstacle is None:
         try:
-            hidden = blocks_hidden(model, ids, boundaries, rows)
+            hidden = blocks_hidden(model, ids, Tokens.of(starts, parents), rows, entry)
             if hidden is not None:
                 return hidden.to(torch.float32)
             hidden = _run_packed(model, _body(model), ids, boundaries).last_hidden_state[0]
@@ -80,6 +91,25 @@ def packed_hidden(model: PreTrainedModel, ids: Tensor, starts: Tensor, rows: Ten
     alone = [_run_alone(_body(model), ids[document]).last_hidden_state[0] for document in documents(boundaries)]
     hidden = torch.cat(alone)
     return (hidden if rows is None else hidden[rows]).to(torch.float32)
+
+
+def packed_inputs(model: PreTrainedModel, ids: Tensor, starts: Tensor, layer: int, parents: Tensor | None = None) -> Tensor:
+    """What goes into decoder layer `layer` for documents that attend only inside themselves: (T, hidden) float32, no graph.
+
+    ids, starts, parents as in `packed_hidden`; layer: 0 gives the embeddings, the number of layers what the final norm reads.
+    Raises ShapeError where `entry_obstacle` is not None, or for boundaries that do not fit the ids.
+    """
+    _check(ids, starts)
+    if (obstacle := entry_obstacle(model)) is not None:
+        raise ShapeError(f"{type(model).__name__} runs as a whole only: {obstacle}. Run it with packed_hidden.")
+    return blocks_inputs(model, ids, Tokens.of(starts, _usable(model, parents)), layer)
+
+
+def entry_obstacle(model: PreTrainedModel) -> str | None:
+    """Why a forward pass of this model cannot begin at a layer of its own, or None."""
+    if _facts_of(model).transform is None:
+        return "its head is not known"
+    return _facts_of(model).obstacle or blocks_obstacle(model)
 
 
 def packed_logits(model: PreTrainedModel, ids: Tensor, starts: Tensor, rows: Tensor) -> Tensor:
@@ -112,13 +142,31 @@ def head_of(model: PreTrainedModel) -> Head | None:
     """
     transform = _facts_of(model).transform
     if transform is None:
+        say_once(
+            model, f"the head of {type(model).__name__} is not one that is known; all logits of a pack are computed at once."
+        )
         return None
     return Head(model.get_output_embeddings(), *transform)
+
+
+def shares_prefixes(model: PreTrainedModel) -> bool:
+    """Whether texts of a pack may share the tokens they begin with, each computed once: all layers are blocks of ours."""
+    facts = _facts_of(model)
+    return facts.obstacle is None and facts.transform is not None and blocks_share(model)
 
 
 def carries_state(model: PreTrainedModel) -> bool:
     """Whether layers hand on something of their own beside keys and values: a recurrent state, a convolution's inputs."""
     return bool(getattr(model, "_is_stateful", False)) or any(DynamicCache(config=model.config).is_linear)
+
+
+def _usable(model: PreTrainedModel, parents: Tensor | None) -> Tensor | None:
+    """The parents, or None where they say nothing. Raises ShapeError if the model cannot use them."""
+    if parents is None or not bool((parents >= 0).any()):
+        return None
+    if not shares_prefixes(model):
+        raise ShapeError(f"{type(model).__name__} cannot share tokens between texts; pack them with share=False.")
+    return parents
 
 
 def _check(ids: Tensor, starts: Tensor) -> list[int]:
@@ -154,16 +202,21 @@ def _run_alone(part: nn.Module, ids: Tensor, extra: dict[str, Tensor] | None = N
 
 def _give_up_packing(model: PreTrainedModel, obstacle: str) -> None:
     _facts[model].obstacle = obstacle
-    logger.warning("%s cannot be packed (%s); its documents run one by one.", model.config.model_type, obstacle)
+    _say_unpackable(model, obstacle)
+
+
+def _say_unpackable(model: PreTrainedModel, obstacle: str) -> None:
+    text = f"{model.config.model_type} cannot be packed ({obstacle}); its documents run one by one."
+    say_once(model, text, logging.WARNING)
 
 
 def _facts_of(model: PreTrainedModel) -> _Facts:
     if model not in _facts:
         with torch.no_grad(), evaluation_mode(model):
             _facts[model] = _measure(model)
-        obstacle = _facts[model].obstacle
-        if obstacle is not None:
-            _give_up_packing(model, obstacle)
+    obstacle = _facts[model].obstacle
+    if obstacle is not None:
+        _say_unpackable(model, obstacle)
     return _facts[model]
 
 

@@ -60,6 +60,21 @@ LT_INLINE float sum_of(std::int64_t count, Fn fn) {
   return sum((chain[0] + chain[1]) + (chain[2] + chain[3]));
 }
 
+// Two such sums over one reading: fn(lanes, i, first, second) adds to both chains.
+template <class Fn>
+LT_INLINE void sums_of(std::int64_t count, float* first, float* second, Fn fn) {
+  vf a[4] = {zero(), zero(), zero(), zero()}, b[4] = {zero(), zero(), zero(), zero()};
+  std::int64_t i = 0;
+  for (; i + 4 * VL <= count; i += 4 * VL) {
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) fn(Whole{}, i + c * VL, a[c], b[c]);
+  }
+  for (; i + VL <= count; i += VL) fn(Whole{}, i, a[0], b[0]);
+  if (i < count) fn(Part{int(count - i)}, i, a[1], b[1]);
+  *first = sum((a[0] + a[1]) + (a[2] + a[3]));
+  *second = sum((b[0] + b[1]) + (b[2] + b[3]));
+}
+
 // e^x to 2 ulp where the result is normal; 0 below -87.7, Inf above 88.4; NaN stays NaN. Two thirds of vexp's work.
 LT_INLINE vf quick_exp(vf x) {
   x = vmin(set1(89.0f), vmax(set1(-88.0f), x));

@@ -9,13 +9,13 @@
 #include "scratch.h"
 #include "threads.h"
 
-// q, out: (T, heads, size); k, v: (T, kv_heads, size); lse: (T, heads). Documents are [starts[n], starts[n + 1]); the first
-// `prefix` tokens come before them, attend to themselves, and every document attends to them too.
+// q, out: (T, heads, size); k, v: (T, kv_heads, size); lse: (T, heads). Segment n is [starts[n], starts[n + 1]) and goes on
+// where segment parents[n] < n ends, or begins a text where parents[n] is -1; it attends to itself and to all before it.
 struct lt_attention {
   std::int64_t heads, kv_heads, size;
   float scale, softcap;
-  std::int64_t window, prefix, documents;
-  const std::int64_t* starts;
+  std::int64_t window, segments;
+  const std::int64_t *starts, *parents;
 };
 
 namespace lt {
@@ -33,30 +33,36 @@ struct TilesScratch {};
 // Turned keys and gradient parts of so many bytes at once; heads are handled in as many rounds as that takes.
 constexpr std::int64_t kRoundBytes = std::int64_t(48) << 20;
 
-// A document, or the shared prefix: rows [begin, end) of the pack.
+// A segment: rows [begin, end) of the pack.
 struct Span {
   std::int64_t begin, end;
   std::int64_t first_tile;  // among all key tiles of a head
-  std::int64_t position;    // of its first token: 0, or behind the prefix
+  std::int64_t position;    // of its first token: 0, or behind its parent's last
+  std::int64_t parent;      // -1: none
   std::int64_t tiles() const { return (end - begin + kTile - 1) / kTile; }
 };
 
 class Pack {
  public:
   explicit Pack(const lt_attention& a)
-      : shape{a.heads, a.kv_heads, a.size, a.scale, a.softcap, a.window}, prefix_(a.prefix > 0) {
-    if (prefix_) add(0, a.prefix, 0);
-    for (std::int64_t n = 0; n < a.documents; ++n) add(a.starts[n], a.starts[n + 1], a.prefix);
-    tokens = a.starts[a.documents];
+      : shape{a.heads, a.kv_heads, a.size, a.scale, a.softcap, a.window}, tokens(a.starts[a.segments]) {
+    spans.reserve(std::size_t(a.segments));
+    for (std::int64_t n = 0; n < a.segments; ++n) {
+      const Span* above = a.parents[n] < 0 ? nullptr : &spans[std::size_t(a.parents[n])];
+      const std::int64_t position = above == nullptr ? 0 : above->position + above->end - above->begin;
+      spans.push_back({a.starts[n], a.starts[n + 1], key_tiles, position, a.parents[n]});
+      key_tiles += spans.back().tiles();
+    }
   }
 
   const AttentionShape shape;
+  const std::int64_t tokens;
   std::vector<Span> spans;
-  std::int64_t key_tiles = 0, tokens = 0;
+  std::int64_t key_tiles = 0;
 
   std::int64_t group() const { return shape.heads / shape.kv_heads; }
-  // The prefix, if `span` is a document behind one.
-  const Span* before(const Span& span) const { return prefix_ && &span != spans.data() ? spans.data() : nullptr; }
+  // The segment that `span` goes on from, if there is one.
+  const Span* before(const Span& span) const { return span.parent < 0 ? nullptr : &spans[std::size_t(span.parent)]; }
 
   // Tile b of `keys` as queries [row, row + count) of `span` meet it; false if none of them sees any of it.
   bool meets(const Span& span, std::int64_t row, std::int64_t count, const Span& keys, std::int64_t b, KeyTile* tile) const {
@@ -65,14 +71,6 @@ class Pack {
     const bool behind = shape.window > 0 && tile->shift - shape.window + 1 > tile->count - 1;
     return tile->shift + count > 0 && !behind;
   }
-
- private:
-  void add(std::int64_t begin, std::int64_t end, std::int64_t position) {
-    if (begin == end) return;
-    spans.push_back({begin, end, key_tiles, position});
-    key_tiles += spans.back().tiles();
-  }
-  bool prefix_;
 };
 
 // Heads [first, first + count) of the keys, whose turned tiles are held now.
@@ -126,12 +124,11 @@ void in_rounds(const Pack& pack, const float* k, const float* v, std::int64_t by
   }
 }
 
-// The key tiles that a query tile sees: the prefix's, then its own span's, in rising order.
+// The key tiles that a query tile sees: its own span's, then those of each span before it.
 std::int64_t collect(const Round& round, const Span& span, std::int64_t row, std::int64_t count, std::int64_t kv_head,
                      KeyTile* tiles) {
   std::int64_t found = 0;
-  for (const Span* keys : {round.pack.before(span), &span}) {
-    if (keys == nullptr) continue;
+  for (const Span* keys = &span; keys != nullptr; keys = round.pack.before(*keys)) {
     for (std::int64_t b = 0; b < keys->tiles(); ++b) {
       if (!round.pack.meets(span, row, count, *keys, b, tiles + found)) continue;
       round.point(tiles + found, *keys, b, kv_head);
@@ -209,8 +206,8 @@ void add_groups(const Round& round, const Gradients& g, float* dk, float* dv, in
   });
 }
 
-// First every span with itself, span by span and head by head at once; then the documents with the prefix, head by head,
-// since all of them add to the prefix's dk and dv. The order of every sum is fixed.
+// First every span with itself, span by span and head by head at once; then each with those before it, head by head, since
+// all that share one add to its dk and dv. The order of every sum is fixed.
 void backward(const Pack& pack, Gradients g, const float* k, const float* v, float* dk, float* dv, int threads) {
   const AttentionShape& s = pack.shape;
   const std::int64_t part = pack.group() * pack.tokens * s.size;
@@ -229,7 +226,9 @@ void backward(const Pack& pack, Gradients g, const float* k, const float* v, flo
     });
     parallel_for(heads, threads, [&](std::int64_t head) {
       for (const Span& span : pack.spans) {
-        if (pack.before(span) != nullptr) meet(round, g, span, *pack.before(span), first + head);
+        for (const Span* keys = pack.before(span); keys != nullptr; keys = pack.before(*keys)) {
+          meet(round, g, span, *keys, first + head);
+        }
       }
     });
     add_groups(round, g, dk, dv, threads);
@@ -237,8 +236,10 @@ void backward(const Pack& pack, Gradients g, const float* k, const float* v, flo
 }
 
 bool fits(const lt_attention& a) {
-  bool rising = a.documents >= 0 && a.starts != nullptr && a.prefix >= 0 && a.starts[0] == a.prefix;
-  for (std::int64_t n = 0; rising && n < a.documents; ++n) rising = a.starts[n] <= a.starts[n + 1];
+  bool rising = a.segments >= 0 && a.starts != nullptr && a.parents != nullptr && a.starts[0] == 0;
+  for (std::int64_t n = 0; rising && n < a.segments; ++n) {
+    rising = a.starts[n] <= a.starts[n + 1] && a.parents[n] >= -1 && a.parents[n] < n;
+  }
   return rising && a.kv_heads > 0 && a.heads > 0 && a.heads % a.kv_heads == 0 && a.size % 16 == 0 && a.size > 0 &&
          a.size <= kMostHead && a.window >= 0;
 }

@@ -1,4 +1,4 @@
-// Causal attention over documents that lie end to end, with grouped queries, window, softcap and a shared prefix.
+// Causal attention over segments of texts that lie end to end, with grouped queries, window, softcap and shared prefixes.
 #pragma once
 #include <cstdint>
 

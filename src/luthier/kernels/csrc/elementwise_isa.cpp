@@ -92,12 +92,11 @@ void layer_norm_backward(const NormRows& norm, const float* dnormed, const float
   const std::int64_t width = norm.width;
   for (std::int64_t row = 0; row < norm.rows; ++row, x += width, dnormed += width, dx += width) {
     const vf centre = set1(mean[row]), scale = set1(inverse[row]);
-    // Absent lanes have g = 0.
-    const float products = sum_of(width, [&](auto lanes, std::int64_t i, vf chain) {
-      return fma(lanes.get(dnormed + i) * lanes.get(norm.weight + i), (lanes.get(x + i) - centre) * scale, chain);
-    });
-    const float total = sum_of(width, [&](auto lanes, std::int64_t i, vf chain) {
-      return fma(lanes.get(dnormed + i), lanes.get(norm.weight + i), chain);
+    float products, total;
+    sums_of(width, &products, &total, [&](auto lanes, std::int64_t i, vf& with_u, vf& alone) {  // absent lanes have g = 0
+      const vf g = lanes.get(dnormed + i) * lanes.get(norm.weight + i);
+      with_u = fma(g, (lanes.get(x + i) - centre) * scale, with_u);
+      alone = alone + g;
     });
     const vf pull = set1(products / float(width)), shift = set1(total / float(width));
     each_vector(width, [&](auto lanes, std::int64_t i) {
@@ -154,11 +153,19 @@ constexpr float kGeluCubic = 0.044715f;
 // gelu(x) = x / 2 (1 + tanh(v)) = x sigmoid(2 v), v = sqrt(2 / pi) (x + 0.044715 x^3).
 LT_INLINE vf gelu_sigmoid(vf x) { return sigmoid(x * set1(kGeluScale) * fma(x * x, set1(kGeluCubic), set1(1.0f))); }
 
+// Far enough ahead that a line is there when its turn comes, also where a page ends and the processor's own prefetch with it.
+constexpr std::int64_t kAhead = 256;
+LT_INLINE void fetch_ahead(const float* a, const float* b) {
+  __builtin_prefetch(a + kAhead);
+  __builtin_prefetch(b + kAhead);
+}
+
 template <int kind>
 void gated_rows(const GatedRows& g, float* out) {
   for (std::int64_t row = 0; row < g.rows; ++row, out += g.width) {
     const float *gate = g.gate.data + row * g.gate.stride, *up = g.up.data + row * g.up.stride;
     each_vector(g.width, [&](auto lanes, std::int64_t i) {
+      fetch_ahead(gate + i, up + i);
       const vf x = lanes.get(gate + i);
       const vf s = kind == kSilu ? sigmoid(x) : gelu_sigmoid(x);
       lanes.put(out + i, x * s * lanes.get(up + i), g.past);
@@ -175,6 +182,8 @@ void gated_backward_rows(const GatedRows& g, const float* dout, float* dgate, fl
   for (std::int64_t row = 0; row < g.rows; ++row, dout += g.width, dgate += g.width, dup += g.width) {
     const float *gate = g.gate.data + row * g.gate.stride, *up = g.up.data + row * g.up.stride;
     each_vector(g.width, [&](auto lanes, std::int64_t i) {
+      fetch_ahead(gate + i, up + i);
+      __builtin_prefetch(dout + i + kAhead);
       const vf x = lanes.get(gate + i), d = lanes.get(dout + i);
       const vf s = kind == kSilu ? sigmoid(x) : gelu_sigmoid(x);
       const vf act = x * s;

@@ -11,6 +11,7 @@ struct FewProduct {
   const lt_matrix* matrix;
   std::int64_t row, rows;
   const float* x;
+  const float* sums;  // of each block of x, [T][blocks]
   std::int64_t T;
   const float* low;  // (all rows, rank), or null with rank 0
   const float* inner;

@@ -36,7 +36,10 @@ void dots(const Format& format, const FewProduct& p, std::int64_t row, std::int6
     for (int r = 0; r < R; ++r) {
       format.block(row + r, k, [&](vf v, int i) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-        for (int t = 0; t < TT; ++t) acc[r][t][i / VL % kChains] = fma(v, load(x + t * kBlock + i), acc[r][t][i / VL % kChains]);
+        for (int t = 0; t < TT; ++t) {
+          vf& chain = acc[r][t][i / VL % kChains];
+          chain = fma(v, load(x + t * kBlock + i), chain);
+        }
       });
     }
   }
@@ -71,12 +74,70 @@ void all_rows(const Format& format, const FewProduct& p, std::int64_t token) {
   for (; row < end; ++row) dots<TT, 1>(format, p, row, token);
 }
 
+// Rows follow one another in memory, but a processor prefetches within a page only: so far ahead of what is read.
+constexpr int kAheadBytes = 2048;
+
+template <int kBytes>
+LT_INLINE void fetch_ahead(const void* from) {
+  const char* p = static_cast<const char*>(from) + kAheadBytes;
+#pragma GCC unroll 4
+  for (int b = 0; b < kBytes; b += 64) __builtin_prefetch(p + b, 0, 3);
+}
+
+// One token and rows of whole units: codes are multiplied with x as they are, and what 32 of them have in common, scale and
+// shift, comes in once, the shift with the sum of x.
+template <class Format>
+void scaled_dot(const Format& format, const FewProduct& p, std::int64_t row, std::int64_t token) {
+  constexpr int kGroups = Format::kUnit / kBlock;
+  const std::int64_t step = p.T * kBlock;
+  const float *x = p.x + token * kBlock, *sums = p.sums + token * (p.matrix->cols / kBlock);
+  vf total[2] = {zero(), zero()};
+  float shifted[kGroups] = {};
+  for (std::int64_t k = 0; k < p.matrix->cols; k += Format::kUnit) {
+    const auto place = format.place(row, k);
+    float scale[kGroups], shift[kGroups];
+    format.scales(place, scale, shift);
+    fetch_ahead<kGroups * Format::kBlockBytes>(format.where(row, k));
+#pragma GCC unroll 8
+    for (int g = 0; g < kGroups; ++g, x += step) {
+      vf part = zero();
+      format.codes(place, g, [&](vf q, int i) __attribute__((always_inline)) { part = fma(q, load(x + i), part); });
+      total[g % 2] = fma(part, set1(scale[g]), total[g % 2]);
+    }
+    if constexpr (Format::kShifted) {
+#pragma GCC unroll 8
+      for (int g = 0; g < kGroups; ++g) shifted[g] += shift[g] * sums[g];
+      sums += kGroups;
+    }
+  }
+  const float* inner = p.inner + token * kBlock;
+  for (std::int64_t c = 0; c < p.rank; c += kBlock, inner += step) {
+    float rest[kBlock] = {};
+    std::memcpy(rest, p.low + row * p.rank + c, sizeof(float) * std::size_t(p.rank - c < kBlock ? p.rank - c : kBlock));
+    for (int i = 0; i < kBlock; i += VL) total[0] = fma(load(rest + i), load(inner + i), total[0]);
+  }
+  float y = p.bias == nullptr ? 0.0f : p.bias[row];
+  for (int g = 0; g < kGroups; ++g) y += shifted[g];
+  p.y[token * p.ldy + row] = sum(total[0] + total[1]) + y;
+}
+
+template <class Format>
+void one_token(const Format& format, const FewProduct& p, std::int64_t token) {
+  if constexpr (Format::kUnit > 0) {
+    if (p.matrix->cols % Format::kUnit == 0) {
+      for (std::int64_t row = p.row; row < p.row + p.rows; ++row) scaled_dot(format, p, row, token);
+      return;
+    }
+  }
+  all_rows<1, 1>(format, p, token);
+}
+
 void multiply(const FewProduct& p) {
   with_format(*p.matrix, [&](const auto& format) {
     std::int64_t token = 0;
     for (; token + 4 <= p.T; token += 4) all_rows<4, 2>(format, p, token);
     if (p.T - token >= 2) all_rows<2, 2>(format, p, token), token += 2;
-    if (p.T - token >= 1) all_rows<1, 1>(format, p, token);
+    if (p.T - token >= 1) one_token(format, p, token);
   });
 }
 

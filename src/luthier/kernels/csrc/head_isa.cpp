@@ -45,7 +45,8 @@ void cross_entropy(const HeadRows& head, float* logits, const std::int64_t* targ
     store_n(lanes_left, quick_exp(load_n(logits + j, int(vocabulary - j)) - shift), int(vocabulary - j));
     const float lse = largest_z + logf(sum(sums + load(lanes_left)));
     const float target_z = logits[targets[row]];
-    losses[row] = lse - (1 - head.smoothing) * target_z - (share != 0 ? share * total : 0);  // 0 times an infinite sum would be NaN
+    // 0 times an infinite sum would be NaN.
+    losses[row] = lse - (1 - head.smoothing) * target_z - (share != 0 ? share * total : 0);
     if (!gradient) continue;
     const vf base = set1(lse), spread = set1(share), scale = set1(head.scale);
     const bool capped = head.softcap != 0;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "blocks.h"
 #include "dispatch.h"
 #include "few.h"
 #include "scratch.h"
@@ -24,51 +25,7 @@ struct LowScratch {};
 struct FactorScratch {};
 struct PanelScratch {};
 struct LowPanelScratch {};
-struct TileScratch {};
-
-std::int64_t up(std::int64_t n, std::int64_t unit) { return (n + unit - 1) / unit * unit; }
-
-// The length of equal pieces, multiples of `unit`, no longer than `most`.
-std::int64_t piece(std::int64_t n, std::int64_t most, std::int64_t unit) {
-  const std::int64_t pieces = (n + most - 1) / most;
-  return std::min(most, up((n + pieces - 1) / pieces, unit));
-}
-
-lt_matrix dense(const float* data, std::int64_t rows, std::int64_t cols) {
-  lt_matrix m{};
-  m.kind = LT_F32;
-  m.rows = rows;
-  m.cols = cols;
-  m.data = data;
-  return m;
-}
-
-// A block of activations, packed: `rows` rows in slivers.
-struct Packed {
-  const LinearTable& kernels;
-  std::int64_t rows;
-  float* slivers;
-
-  std::int64_t count() const { return (rows + kernels.rows - 1) / kernels.rows; }
-  int rows_of(std::int64_t i) const { return int(std::min<std::int64_t>(kernels.rows, rows - i * kernels.rows)); }
-  float* sliver(std::int64_t i, std::int64_t depth) const { return slivers + i * kernels.rows * depth; }
-};
-
-// Which part of which layer's contraction one block covers.
-struct Block {
-  const float* activations;  // (rows, depth), `stride` apart
-  std::int64_t stride, depth;
-  bool first, last;          // block of this layer's contraction
-};
-
-// The low-rank side of one layer during a block: its inner result (rows, rank), and the panel of the factor it comes from.
-struct Low {
-  std::int64_t rank = 0;
-  float scaling = 0;
-  float* inner = nullptr;
-  const float* factor = nullptr;
-  float* slivers = nullptr;  // the inner result packed, once it is complete
-};
+struct SumScratch {};
 
 // Packs sliver i of the block, adds its share to every layer's inner result and, with the last block, packs that too.
 void pack(const Packed& packed, const Block& block, std::int64_t i, const Low* lows, int count) {
@@ -87,23 +44,6 @@ void pack(const Packed& packed, const Block& block, std::int64_t i, const Low* l
     }
     if (block.last) {
       k.pack_sliver(inner, low->rank, 1, rows, low->rank, low->scaling, low->slivers + first_row * low->rank);
-    }
-  }
-}
-
-// All slivers of the block against panels of `columns` columns, of which the result's columns begin at c.
-void multiply(const Packed& packed, const Block& block, const Low& low, const float* panels, const float* low_panels, float* c,
-              std::int64_t ldc, int columns, bool accumulate, const float* bias) {
-  const LinearTable& k = packed.kernels;
-  const std::int64_t low_depth = block.last ? low.rank : 0;
-  for (int j = 0; j < columns; j += k.columns) {
-    const int here = std::min(k.columns, columns - j);
-    const float* panel = panels + j * block.depth;
-    const float* low_panel = low_depth > 0 ? low_panels + j * low_depth : nullptr;
-    for (std::int64_t i = 0; i < packed.count(); ++i) {
-      const float* low_sliver = low_depth > 0 ? low.slivers + i * k.rows * low_depth : nullptr;
-      k.tile({packed.sliver(i, block.depth), panel, block.depth, low_sliver, low_panel, low_depth, c + i * k.rows * ldc + j, ldc,
-              packed.rows_of(i), here, accumulate, bias == nullptr ? nullptr : bias + j});
     }
   }
 }
@@ -172,6 +112,16 @@ void pack_few(const float* x, std::int64_t T, std::int64_t features, float scale
   }
 }
 
+// The sums of the blocks of 32 features that pack_few laid out, [T][blocks].
+void add_blocks(const float* packed, std::int64_t T, std::int64_t blocks, float* sums) {
+  for (std::int64_t b = 0; b < blocks * T; ++b, packed += kPanelGroup) {
+    float lanes[8] = {};
+    for (int i = 0; i < kPanelGroup; ++i) lanes[i % 8] += packed[i];
+    const float halves = (lanes[0] + lanes[4]) + (lanes[1] + lanes[5]);
+    sums[b % T * blocks + b / T] = halves + ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
+  }
+}
+
 // The same for T <= kFewTokens rows, row by row of W.
 void forward_few(const float* x, std::int64_t T, const lt_linear* parts, int count, int threads) {
   constexpr std::int64_t kRowsOfTask = 16;
@@ -179,18 +129,23 @@ void forward_few(const float* x, std::int64_t T, const lt_linear* parts, int cou
   const std::int64_t K = parts[0].matrix->cols;
   float* packed = Scratch<SliverScratch>::get<float>(std::size_t(T * up(K, kPanelGroup)));
   pack_few(x, T, K, 1.0f, packed);
+  const std::int64_t blocks = up(K, kPanelGroup) / kPanelGroup;
+  float* sums = Scratch<SumScratch>::get<float>(std::size_t(T * blocks));
+  add_blocks(packed, T, blocks, sums);
   for (int p = 0; p < count; ++p) {
     const lt_linear& part = parts[p];
     const std::int64_t N = part.matrix->rows, r = part.rank;
     float* inner = Scratch<LowScratch>::get<float>(std::size_t(T * up(r, kPanelGroup)));
     if (r > 0) {
       const lt_matrix A = dense(part.A, r, K);
-      parallel_for(r, threads, [&](std::int64_t i) { k.multiply({&A, i, 1, packed, T, nullptr, nullptr, 0, nullptr, part.u, r}); });
+      parallel_for(r, threads, [&](std::int64_t i) {
+        k.multiply({&A, i, 1, packed, sums, T, nullptr, nullptr, 0, nullptr, part.u, r});
+      });
       pack_few(part.u, T, r, part.scaling, inner);
     }
     parallel_for((N + kRowsOfTask - 1) / kRowsOfTask, threads, [&](std::int64_t task) {
       const std::int64_t row = task * kRowsOfTask;
-      k.multiply({part.matrix, row, std::min(kRowsOfTask, N - row), packed, T, part.B, inner, r, part.bias, part.y, N});
+      k.multiply({part.matrix, row, std::min(kRowsOfTask, N - row), packed, sums, T, part.B, inner, r, part.bias, part.y, N});
     });
   }
 }
@@ -198,7 +153,7 @@ void forward_few(const float* x, std::int64_t T, const lt_linear* parts, int cou
 // dx = sum_p dy_p W_p + s_p (dy_p B_p) A_p for `rows` rows, v_p = dy_p B_p on the way.
 void backward_rows(float* dx, std::int64_t first_row, std::int64_t rows, const lt_linear* parts, int count, int threads) {
   const LinearTable& k = table(linear_tables, tiles_isa());
-  const std::int64_t K = parts[0].matrix->cols, groups = (K + kPanelGroup - 1) / kPanelGroup;
+  const std::int64_t K = parts[0].matrix->cols, wide = wide_columns(K);
   std::int64_t longest = 0;
   for (int p = 0; p < count; ++p) longest = std::max(longest, piece(parts[p].matrix->rows, k.depth, kPanelGroup));
   const Packed packed{k, rows, Scratch<SliverScratch>::get<float>(std::size_t(rows * longest))};
@@ -215,11 +170,11 @@ void backward_rows(float* dx, std::int64_t first_row, std::int64_t rows, const l
         k.panels_backward(dense(part.B, N, r), c, cols, n0, here, const_cast<float*>(lows[p].factor) + c * here);
       }
       parallel_for(packed.count(), threads, [&](std::int64_t i) { pack(packed, block, i, &lows[p], 1); });
-      parallel_for(groups, threads, [&](std::int64_t task) {
-        const std::int64_t c0 = task * kPanelGroup;
-        const int columns = int(std::min<std::int64_t>(kPanelGroup, K - c0));
-        float* panels = Scratch<PanelScratch>::get<float>(std::size_t(here * kPanelGroup));
-        float* low_panels = Scratch<LowPanelScratch>::get<float>(std::size_t(r * kPanelGroup));
+      parallel_for((K + wide - 1) / wide, threads, [&](std::int64_t task) {
+        const std::int64_t c0 = task * wide;
+        const int columns = int(std::min(wide, K - c0));
+        float* panels = Scratch<PanelScratch>::get<float>(std::size_t(here * wide));
+        float* low_panels = Scratch<LowPanelScratch>::get<float>(std::size_t(r * wide));
         k.panels_backward(*part.matrix, c0, columns, n0, here, panels);
         if (block.last && r > 0) k.panels_backward(dense(part.A, r, K), c0, columns, 0, r, low_panels);
         multiply(packed, block, lows[p], panels, low_panels, dx + first_row * K + c0, K, columns, p > 0 || n0 > 0, nullptr);
@@ -228,46 +183,15 @@ void backward_rows(float* dx, std::int64_t first_row, std::int64_t rows, const l
   }
 }
 
-// out = scale * inner^T x, (rank, C), or turned (C, rank). inner: (T, rank), x: (T, C). One task a group of columns.
-void outer(const float* inner, std::int64_t rank, const float* x, std::int64_t C, std::int64_t T, float scale, float* out,
-           bool turned, int threads) {
-  const LinearTable& k = table(linear_tables, tiles_isa());
-  const Packed packed{k, rank, Scratch<LowScratch>::get<float>(std::size_t(rank * T))};
-  const std::int64_t chunk = piece(T, k.depth, 1);
-  // Slivers of each chunk of T follow one another; those of a chunk lie as `Packed` says.
-  for (std::int64_t t0 = 0; t0 < T; t0 += chunk) {
-    const std::int64_t here = std::min(chunk, T - t0);
-    const Packed block{k, rank, packed.slivers + t0 * rank};
-    for (std::int64_t i = 0; i < block.count(); ++i) {
-      k.pack_sliver(inner + t0 * rank + i * k.rows, 1, rank, block.rows_of(i), here, scale, block.sliver(i, here));
-    }
-  }
-  parallel_for((C + kPanelGroup - 1) / kPanelGroup, threads, [&](std::int64_t task) {
-    const std::int64_t c0 = task * kPanelGroup;
-    const int columns = int(std::min<std::int64_t>(kPanelGroup, C - c0));
-    float* panels = Scratch<PanelScratch>::get<float>(std::size_t(chunk * kPanelGroup));
-    float* sums = Scratch<TileScratch>::get<float>(std::size_t(rank * kPanelGroup));
-    for (std::int64_t t0 = 0; t0 < T; t0 += chunk) {
-      const std::int64_t here = std::min(chunk, T - t0);
-      k.panels_backward(dense(x, T, C), c0, columns, t0, here, panels);
-      const Block block{nullptr, 0, here, t0 == 0, false};
-      multiply({k, rank, packed.slivers + t0 * rank}, block, Low{}, panels, nullptr, sums, kPanelGroup, columns, t0 > 0, nullptr);
-    }
-    for (std::int64_t i = 0; i < rank; ++i) {
-      for (int c = 0; c < columns; ++c) out[turned ? (c0 + c) * rank + i : i * C + c0 + c] = sums[i * kPanelGroup + c];
-    }
-  });
-}
-
 }  // namespace
 }  // namespace lt
 
 // Fills y and u of every part. x: (T, K). All parts have K columns.
 LT_API int lt_linear_forward(const float* x, std::int64_t T, const lt_linear* parts, int count, int threads) {
-  if (x == nullptr || parts == nullptr || count < 1 || T < 0 || threads < 1) return LT_BAD_ARGUMENT;
-  bool turned = false;
-  for (int p = 0; p < count; ++p) turned = turned || parts[p].matrix->transposed;
+  if (lt_missing(x, parts) || T < 0 || threads < 1 || !lt::fit(parts, count, true)) return LT_BAD_ARGUMENT;
   LT_GUARD({
+    bool turned = false;
+    for (int p = 0; p < count; ++p) turned = turned || parts[p].matrix->transposed;
     if (T <= lt::kFewTokens && !turned) {
       lt::forward_few(x, T, parts, count, threads);
       return LT_OK;
@@ -279,28 +203,24 @@ LT_API int lt_linear_forward(const float* x, std::int64_t T, const lt_linear* pa
 
 // dx: (T, K), overwritten; fills v of every part from its dy.
 LT_API int lt_linear_backward_input(float* dx, std::int64_t T, const lt_linear* parts, int count, int threads) {
-  if (dx == nullptr || parts == nullptr || count < 1 || T < 0 || threads < 1) return LT_BAD_ARGUMENT;
+  if (lt_missing(dx, parts) || T < 0 || threads < 1 || !lt::fit(parts, count, false)) return LT_BAD_ARGUMENT;
   LT_GUARD({
     const std::int64_t rows = lt::piece(std::max<std::int64_t>(T, 1), lt::kMostRows, 1);
     for (std::int64_t t = 0; t < T; t += rows) lt::backward_rows(dx, t, std::min(rows, T - t), parts, count, threads);
   })
 }
 
-// out = scale * inner^T x, (rank, columns), or turned (columns, rank). inner: (T, rank), x: (T, columns).
-// dA = s v^T x; dB = s dy^T u is the turned one.
-LT_API int lt_outer(const float* inner, std::int64_t rank, const float* x, std::int64_t columns, std::int64_t T, float scale,
-                    float* out, int turned, int threads) {
-  if (inner == nullptr || x == nullptr || out == nullptr || rank < 1 || columns < 1 || T < 1 || threads < 1) return LT_BAD_ARGUMENT;
-  LT_GUARD({ lt::outer(inner, rank, x, columns, T, scale, out, turned != 0, threads); })
-}
-
 // out: (count, cols), the rows ids[i] of the matrix in float32; ids null: rows 0, 1, ...
 LT_API int lt_dequantize_rows(const lt_matrix* m, const std::int64_t* ids, std::int64_t count, float* out, int threads) {
-  if (m == nullptr || out == nullptr || count < 0 || threads < 1 || m->transposed) return LT_BAD_ARGUMENT;
+  if (!lt::fits(m) || out == nullptr || count < 0 || threads < 1 || m->transposed) return LT_BAD_ARGUMENT;
+  if (ids == nullptr && count > m->rows) return LT_BAD_ARGUMENT;
   for (std::int64_t i = 0; ids != nullptr && i < count; ++i) {
     if (ids[i] < 0 || ids[i] >= m->rows) return LT_BAD_ARGUMENT;
   }
-  const lt::LinearTable& k = lt::table(lt::linear_tables);
-  lt::parallel_for(count, threads, [&](std::int64_t i) { k.decode(*m, ids == nullptr ? i : ids[i], 0, m->cols, out + i * m->cols); });
-  return LT_OK;
+  LT_GUARD({
+    const lt::LinearTable& k = lt::table(lt::linear_tables);
+    lt::parallel_for(count, threads, [&](std::int64_t i) {
+      k.decode(*m, ids == nullptr ? i : ids[i], 0, m->cols, out + i * m->cols);
+    });
+  })
 }

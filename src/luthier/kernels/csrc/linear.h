@@ -41,6 +41,11 @@ struct lt_linear {
 
 namespace lt {
 
+// Whether an entry may read the matrix: a known kind, the pointers that it needs, rows of whole blocks.
+bool fits(const lt_matrix* matrix);
+// The same for `count` layers of one input, and where they write: y and u forward; dy and v backward.
+bool fit(const lt_linear* parts, int count, bool forward);
+
 // One tile: two parts of the contraction, the matrix and the low-rank term, of which the second may be empty.
 struct Product {
   const float *sliver, *panel;
@@ -54,7 +59,7 @@ struct Product {
   const float* bias;  // added to every row, or null
 };
 
-// Panels are built for this many columns at once: the 32 weights that every format decodes together.
+// Columns of panels are counted in these: the 32 weights that every format decodes together.
 constexpr int kPanelGroup = 32;
 // Up to so many tokens are multiplied row by row of W (few.h); from five on tiles are faster, measured for every storage.
 constexpr std::int64_t kFewTokens = 4;

@@ -51,8 +51,7 @@ void turned_panels(const Format& format, std::int64_t row, int rows, std::int64_
     for (std::int64_t k = 0; k < depth; k += kBlock) {
       const std::int64_t count = depth - k < kBlock ? depth - k : kBlock;
       for (int i = 0; i < here; ++i) {
-        // The panel that this thread builds next lies kColumns rows below.
-        __builtin_prefetch(format.where(row + first + i + kColumns, col + k), 0, 2);
+        fetch(format, row + first + i + kColumns, col + k);  // the panel that this thread builds next lies below
         stretch(format, row + first + i, col + k, count, side[i]);
       }
       for (int j = 0; j < kVectors; ++j) {
@@ -67,20 +66,26 @@ void turned_panels(const Format& format, std::int64_t row, int rows, std::int64_
   }
 }
 
-// Panels whose columns are stored columns: stretches of the rows, one below the other.
+// Panels whose columns are stored columns: stretches of the rows, one below the other. Rows may lie a power of two apart,
+// where no cache would hold what the next panels need; so what is fetched early is the rows just below.
 template <class Format>
 void straight_panels(const Format& format, std::int64_t col, int cols, std::int64_t row, std::int64_t depth, float* panels) {
   static_assert(kBlock == kPanelGroup && kBlock % kColumns == 0);
+  constexpr int kRowsAhead = 8;
   const std::int64_t apart = depth * kColumns;
   for (std::int64_t k = 0; k < depth; ++k) {
     float* to = panels + k * kColumns;
-    __builtin_prefetch(format.where(row + k, col + kBlock), 0, 2);  // the group that this thread builds next
-    if (cols == kBlock) {
-      format.block(row + k, col, [&](vf v, int i) { store(to + i / kColumns * apart + i % kColumns, v); });
-    } else {
+    for (int c = 0; c < cols; c += kBlock, to += kBlock / kColumns * apart) {
+      fetch(format, row + k + kRowsAhead, col + c);
+      if (cols - c >= kBlock) {
+        format.block(row + k, col + c, [&](vf v, int i) { store(to + i / kColumns * apart + i % kColumns, v); });
+        continue;
+      }
       float side[kBlock] = {};
-      format.some(row + k, col, cols, side);
-      for (int i = 0; i < (cols + kColumns - 1) / kColumns * kColumns; ++i) to[i / kColumns * apart + i % kColumns] = side[i];
+      format.some(row + k, col + c, cols - c, side);
+      for (int i = 0; i < (cols - c + kColumns - 1) / kColumns * kColumns; ++i) {
+        to[i / kColumns * apart + i % kColumns] = side[i];
+      }
     }
   }
 }

@@ -1,6 +1,7 @@
 // The C ABI: status codes and what every family of kernels shares. Entries never throw.
 #pragma once
 #include <cstdint>
+#include <new>
 
 #define LT_API extern "C" __attribute__((visibility("default")))
 
@@ -10,10 +11,28 @@ enum lt_status : int {
   LT_NO_MEMORY = 2,
   LT_BAD_ISA = 3,       // LUTHIER_ISA names an instruction set that this build or machine lacks
   LT_NOT_FINITE = 4,    // an input that must be finite is not
+  LT_FAILED = 5,        // an exception of another kind than want of memory
 };
 
+// LT_GUARD({ body }) as the last statement of an entry: no exception leaves it.
+#define LT_GUARD(...)               \
+  try {                             \
+    __VA_ARGS__                     \
+    return LT_OK;                   \
+  } catch (const std::bad_alloc&) { \
+    return LT_NO_MEMORY;            \
+  } catch (...) {                   \
+    return LT_FAILED;               \
+  }
+
+// Whether one of these pointers is null.
+template <class... P>
+bool lt_missing(const P*... pointers) {
+  return (... || (pointers == nullptr));
+}
+
 // Raised whenever an entry's signature changes; the loader refuses another number.
-constexpr int kAbiVersion = 1;
+constexpr int kAbiVersion = 2;
 
 LT_API int lt_abi_version();
 // 0 portable, 1 avx2, 2 avx512, 3 neon; -1 when LUTHIER_ISA cannot be obeyed.

@@ -37,12 +37,3 @@ class Scratch {
 };
 
 }  // namespace lt
-
-// LT_GUARD({ body that may allocate }) as the last statement of an entry.
-#define LT_GUARD(...)              \
-  try {                            \
-    __VA_ARGS__                    \
-    return LT_OK;                  \
-  } catch (const std::bad_alloc&) { \
-    return LT_NO_MEMORY;           \
-  }

@@ -6,9 +6,11 @@
 #include <link.h>
 #endif
 
+#include <algorithm>
 #include <condition_variable>
 #include <cstring>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -23,8 +25,8 @@ using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 // The path of a loaded OpenMP runtime that has libgomp's entry point; torch's own copy is preferred.
 int note_openmp(dl_phdr_info* info, std::size_t, void* found) {
   const char* name = info->dlpi_name;
-  const bool openmp = name != nullptr && (std::strstr(name, "gomp") || std::strstr(name, "libiomp") || std::strstr(name, "libomp"));
-  if (!openmp) return 0;
+  if (name == nullptr) return 0;
+  if (!std::strstr(name, "gomp") && !std::strstr(name, "libiomp") && !std::strstr(name, "libomp")) return 0;
   std::string& path = *static_cast<std::string*>(found);
   if (path.empty() || std::strstr(name, "torch")) path = name;
   return 0;
@@ -41,7 +43,8 @@ GompParallel find_openmp() {
 GompParallel find_openmp() { return nullptr; }
 #endif
 
-// Threads that sleep until there is work. One job runs at a time; a second caller does its work alone.
+// Threads that sleep until there is work. One job runs at a time; a second caller does its work alone. Where the system
+// gives no further thread, those that exist do the work.
 class Pool {
  public:
   void run(int threads, void (*body)(void*), void* context) {
@@ -49,11 +52,10 @@ class Pool {
     if (!owner.owns_lock()) return body(context);
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      while (int(workers_.size()) < threads - 1) workers_.emplace_back(&Pool::work, this, workers_.size(), generation_);
+      grow(threads - 1);
       body_ = body;
       context_ = context;
-      wanted_ = threads - 1;
-      running_ = threads - 1;
+      wanted_ = running_ = std::min(threads - 1, int(workers_.size()));
       ++generation_;
     }
     wake_.notify_all();
@@ -63,6 +65,13 @@ class Pool {
   }
 
  private:
+  void grow(int wanted) {
+    try {
+      while (int(workers_.size()) < wanted) workers_.emplace_back(&Pool::work, this, workers_.size(), generation_);
+    } catch (const std::system_error&) {  // no more to be had: those that run share the tasks
+    }
+  }
+
   void work(std::size_t index, std::uint64_t seen) {
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
@@ -102,13 +111,52 @@ __attribute__((constructor)) void start() {
   pthread_atfork(nullptr, nullptr, in_child);
 }
 
+// How this thread rounds, and whether it flushes denormal numbers.
+std::uint64_t float_settings() {
+#if defined(__x86_64__)
+  return __builtin_ia32_stmxcsr();
+#elif defined(__aarch64__)
+  std::uint64_t settings;
+  __asm__ volatile("mrs %0, fpcr" : "=r"(settings));
+  return settings;
+#else
+  return 0;
+#endif
+}
+
+void set_float_settings(std::uint64_t settings) {
+#if defined(__x86_64__)
+  __builtin_ia32_ldmxcsr(unsigned(settings));
+#elif defined(__aarch64__)
+  __asm__ volatile("msr fpcr, %0" : : "r"(settings));
+#else
+  (void)settings;
+#endif
+}
+
+// A body to be run with the settings of the thread that asked for it.
+struct Settled {
+  void (*body)(void*);
+  void* context;
+  std::uint64_t settings;
+};
+
+void run_settled(void* context) {
+  const Settled& job = *static_cast<const Settled*>(context);
+  const std::uint64_t own = float_settings();
+  set_float_settings(job.settings);
+  job.body(job.context);
+  set_float_settings(own);
+}
+
 }  // namespace
 
 void run_on_threads(int threads, void (*body)(void*), void* context) {
+  Settled job{body, context, float_settings()};
   if (openmp != nullptr) {
-    openmp(body, context, unsigned(threads), 0);
+    openmp(run_settled, &job, unsigned(threads), 0);
   } else {
-    pool->run(threads, body, context);
+    pool->run(threads, run_settled, &job);
   }
 }
 

@@ -10,8 +10,10 @@ namespace lt {
 constexpr int kMostThreads = 256;
 
 // Calls body(context) on up to `threads` threads at once, the caller among them, and returns when all have ended.
-// It may run on fewer. Threads belong to the OpenMP runtime already in the process (so that two runtimes do not
-// compete for the cores), or to a pool of our own where there is none, and always in a forked child.
+// It may run on fewer. All have the caller's floating-point settings meanwhile: where it flushes denormal numbers, they do
+// too, so that results do not depend on which thread computed them. Threads belong to the OpenMP runtime already in the
+// process (so that two runtimes do not compete for the cores), or to a pool of our own where there is none, and always in a
+// forked child.
 void run_on_threads(int threads, void (*body)(void*), void* context);
 
 // fn(task) for each task in [0, tasks). Each thread begins with a stretch of neighbouring tasks, in rising order, so that
@@ -23,18 +25,18 @@ void parallel_for(std::int64_t tasks, int threads, Fn&& fn) {
     for (std::int64_t task = 0; task < tasks; ++task) fn(task);
     return;
   }
-  struct alignas(64) Stretch {
-    std::atomic<std::int64_t> next;
-    std::int64_t end;
+  struct alignas(64) Stretch {  // a cache line each
+    std::int64_t next, end;
   };
   struct Shared {
     Fn& fn;
-    int stretches;
+    const int stretches;
     std::atomic<int> arrived{0};
     std::mutex mutex;
     std::exception_ptr error;
-    Stretch of[kMostThreads];
-  } shared{fn, threads < kMostThreads ? threads : kMostThreads, {}, {}, {}, {}};
+    Stretch of[kMostThreads];  // only the first `stretches` are ever touched
+    Shared(Fn& f, int count) : fn(f), stretches(count) {}
+  } shared(fn, threads < kMostThreads ? threads : kMostThreads);
   for (int i = 0; i < shared.stretches; ++i) {
     shared.of[i].next = tasks * i / shared.stretches;
     shared.of[i].end = tasks * (i + 1) / shared.stretches;
@@ -45,7 +47,7 @@ void parallel_for(std::int64_t tasks, int threads, Fn&& fn) {
     try {
       for (int i = 0; i < s.stretches; ++i) {
         Stretch& stretch = s.of[(own + i) % s.stretches];
-        for (std::int64_t task; (task = stretch.next.fetch_add(1, std::memory_order_relaxed)) < stretch.end;) s.fn(task);
+        for (std::int64_t task; (task = __atomic_fetch_add(&stretch.next, 1, __ATOMIC_RELAXED)) < stretch.end;) s.fn(task);
       }
     } catch (...) {
       std::lock_guard<std::mutex> lock(s.mutex);

@@ -1,4 +1,4 @@
-"""A model's body over packed documents, its decoder layers as two fused halves each."""
+"""A model's body over packed texts, its decoder layers as two fused halves each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from luthier.models.blocks.description import Layer
 from luthier.models.blocks.families import family_of
 from luthier.models.blocks.fused_attention import fused_attention
 from luthier.models.blocks.fused_mlp import fused_mlp
-from luthier.models.blocks.tokens import Tables, Tokens, rotary_tables
+from luthier.models.blocks.tokens import Entry, Tables, Tokens, is_static, rotary_tables
 from luthier.models.pack_layout import packed_layout
 
 _switched_on: ContextVar[bool] = ContextVar("blocks", default=True)
@@ -34,39 +34,80 @@ def without_blocks() -> Iterator[None]:
         _switched_on.reset(token)
 
 
-def blocks_hidden(model: Any, ids: Tensor, boundaries: list[int], rows: Tensor | None) -> Tensor | None:
+def are_switched_on() -> bool:
+    """False inside `without_blocks`."""
+    return _switched_on.get()
+
+
+def blocks_hidden(model: Any, ids: Tensor, tokens: Tokens, rows: Tensor | None, entry: Entry | None = None) -> Tensor | None:
     """Hidden states after the final norm, (T, hidden) or at `rows` (S, hidden); None where the model has no blocks.
 
-    ids: (T,) int64; boundaries: N + 1 of them from 0 to T. With `rows` the last layer computes nothing for other tokens
-    but the keys and values they are read by. What runs another way than fused is said once a model in the log.
+    ids: (T,) int64; tokens: the texts that they make up. With `rows` the last layer computes nothing for other tokens
+    but the keys and values they are read by. With `entry` the layers below it are not run.
+    What runs another way than fused is said once a model in the log.
     """
-    if not _switched_on.get():
+    if not are_switched_on():
         return None
     body = model.base_model
     family, obstacle = family_of(body), choice.body_obstacle(body)
     if family is not None and obstacle is None:
-        hidden = body.embed_tokens(ids)
+        first, hidden = (0, body.embed_tokens(ids)) if entry is None else (entry.layer, entry.hidden)
         if choice.fits(hidden):
-            hidden = _run_layers(model, [family.describe(layer) for layer in body.layers], hidden, boundaries, rows)
+            layers = [family.describe(layer) for layer in body.layers[first:]]
+            hidden = _run_layers(model, layers, hidden, tokens, rows)
+            if rows is not None and not layers:
+                hidden = hidden[rows]
             return family.norm(body.norm)(hidden) if _is_plain(body.norm) else body.norm(hidden)
         obstacle = f"its activations are {hidden.dtype} on {hidden.device}"
     choice.say_once(model, f"layers run as Transformers' modules: {obstacle}.")
     return None
 
 
+@torch.no_grad()
+def blocks_inputs(model: Any, ids: Tensor, tokens: Tokens, layer: int) -> Tensor:
+    """What goes into decoder layer `layer`, (T, hidden) float32, for a model whose `blocks_obstacle` is None."""
+    body = model.base_model
+    family = family_of(body)
+    assert family is not None
+    below = [family.describe(module) for module in body.layers[:layer]]
+    return _run_layers(model, below, body.embed_tokens(ids), tokens, None)
+
+
+@torch.no_grad()
+def blocks_obstacle(model: Any) -> str | None:
+    """Why the model runs as Transformers' modules altogether, or None."""
+    if not are_switched_on():
+        return "blocks are switched off"
+    body = model.base_model
+    if (obstacle := choice.body_obstacle(body)) is not None:
+        return obstacle
+    hidden = body.embed_tokens(torch.zeros(1, dtype=torch.int64, device=model.device))
+    return None if choice.fits(hidden) else f"its activations are {hidden.dtype} on {hidden.device}"
+
+
+def blocks_share(model: Any) -> bool:
+    """Whether every layer runs as halves whose tokens may go on from a segment that several texts share."""
+    body = model.base_model
+    family = family_of(body)
+    if family is None or blocks_obstacle(model) is not None:
+        return False
+    layers = [family.describe(layer) for layer in body.layers]
+    static = all(is_static(body.rotary_emb, kind) for kind in {layer.rotary for layer in layers})
+    return static and not any(choice.layer_obstacle(layer) for layer in layers)
+
+
 def _is_plain(norm: Any) -> bool:
     return norm.weight.dtype == torch.float32 and not choice.is_watched(norm)
 
 
-def _run_layers(model: Any, layers: list[Layer], hidden: Tensor, boundaries: list[int], rows: Tensor | None) -> Tensor:
-    tokens = Tokens.between(boundaries)
+def _run_layers(model: Any, layers: list[Layer], hidden: Tensor, tokens: Tokens, rows: Tensor | None) -> Tensor:
     rotary = model.base_model.rotary_emb
     tables = {kind: rotary_tables(rotary, hidden, tokens, kind) for kind in {layer.rotary for layer in layers}}
     obstacles = [choice.layer_obstacle(layer) for layer in layers]
     _say(model, layers, obstacles)
     with ExitStack() as stack:
         if any(obstacles):
-            stack.enter_context(packed_layout(model, boundaries))
+            stack.enter_context(packed_layout(model, tokens.starts.tolist()))
         for number, (layer, obstacle) in enumerate(zip(layers, obstacles, strict=True)):
             wanted = rows if number == len(layers) - 1 else None
             run = _own_layer if obstacle else _maybe_recomputed(layer)

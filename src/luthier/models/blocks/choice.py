@@ -6,23 +6,19 @@ more than that; Transformers' own layer where something stands in the way of bot
 
 from __future__ import annotations
 
-import logging
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from luthier import notices
 from luthier.kernels import native
 from luthier.models.blocks.description import AttentionHalf, Layer, MlpHalf
 from luthier.models.blocks.families import family_of
 from luthier.models.blocks.fused_attention import HEAD_UNIT
 from luthier.models.blocks.linears import is_one_product
 
-logger = logging.getLogger(__name__)
-
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_said: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 def body_obstacle(body: nn.Module) -> str | None:
@@ -76,16 +72,14 @@ def fits(hidden: Tensor) -> bool:
 
 
 def say_once(model: nn.Module, text: str) -> None:
-    """Write a line to the log the first time it is true of this model."""
-    said = _said.setdefault(model, set())
-    if text not in said:
-        said.add(text)
-        logger.info("%s: %s", type(model).__name__, text)
+    """Tell who listens to a run, and the log the first time it is true of this model."""
+    notices.say_once(model, f"{type(model).__name__}: {text}")
 
 
 def is_watched(module: Any) -> bool:
     """Whether calling the module does more than its class says."""
     replaced = "forward" in module.__dict__ and not getattr(module, "is_recomputed", False)
+    replaced = replaced and not getattr(module.forward, "uses_blocks", False)
     return replaced or any(getattr(module, name) for name in _HOOKS)
 
 

@@ -5,6 +5,7 @@ DoRA, dropout inside a term, weights that train: the layers' own modules are cal
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ def composed_attention(x: Tensor, half: AttentionHalf, tokens: Tokens, tables: T
     if half.query_norm is not None and half.key_norm is not None:
         q, k = half.query_norm(q), half.key_norm(k)
     q, k = _Rotary.apply(q, *tables), _Rotary.apply(k, *tables)
-    attended = packed_attention(q, k, v, tokens.starts, half.scale, window=half.window, softcap=half.softcap).flatten(1)
+    attend = partial(packed_attention, window=half.window, softcap=half.softcap, parents=tokens.parents)
+    attended = attend(q, k, v, tokens.starts, half.scale).flatten(1)
     y = half.output(attended if rows is None else attended[rows])
     y = y if half.post_norm is None else half.post_norm(y)
     return y + (x if rows is None else x[rows])

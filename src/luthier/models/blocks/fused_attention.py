@@ -25,13 +25,14 @@ class _Plan:
     projections: Linears
     output: Linears
     starts: Tensor
+    parents: Tensor
     cos: Tensor
     sin: Tensor
     rows: Tensor | None
 
     @property
-    def options(self) -> tuple[float, float, int, int]:
-        return self.half.scale, self.half.softcap or 0.0, self.half.window or 0, 0
+    def options(self) -> tuple[float, float, int]:
+        return self.half.scale, self.half.softcap or 0.0, self.half.window or 0
 
 
 def fused_attention(x: Tensor, half: AttentionHalf, tokens: Tokens, tables: Tables, rows: Tensor | None) -> Tensor:
@@ -43,7 +44,7 @@ def fused_attention(x: Tensor, half: AttentionHalf, tokens: Tokens, tables: Tabl
     """
     projections, first = linears_of(half.projections)
     output, second = linears_of((half.output,))
-    plan = _Plan(half, projections, output, tokens.starts, *tables, rows)
+    plan = _Plan(half, projections, output, tokens.starts, tokens.parents, *tables, rows)
     return _FusedAttention.apply(x, plan, *first, *second)
 
 
@@ -62,7 +63,7 @@ class _FusedAttention(torch.autograd.Function):
             q, k = _turned(q, k, plan)
         else:
             rotary_in_place_op(q, k, plan.cos, plan.sin, False)
-        attended, lse = attention_op(q, k, v, plan.starts, *plan.options)
+        attended, lse = attention_op(q, k, v, plan.starts, plan.parents, *plan.options)
         del q, k, v
         chosen = _at_rows(attended.flatten(1), plan.rows)
         (y,), inner_output = plan.output.forward(chosen, second)
@@ -149,7 +150,8 @@ def _attention_backward(
     """Gradients to what the projections gave. q, k: as kept, that is before their norms where they have some."""
     query_norm, key_norm = plan.half.query_norm, plan.half.key_norm
     turned_q, turned_k = (q, k) if query_norm is None else _turned(q, k, plan)
-    dq, dk, dv = attention_backward_op(dattended, turned_q, turned_k, v, plan.starts, attended, lse, *plan.options)
+    inputs = turned_q, turned_k, v, plan.starts, plan.parents
+    dq, dk, dv = attention_backward_op(dattended, *inputs, attended, lse, *plan.options)
     rotary_in_place_op(dq, dk, plan.cos, plan.sin, True)
     if query_norm is not None and key_norm is not None:
         dq, dk = _head_norm_backward(dq, q, query_norm), _head_norm_backward(dk, k, key_norm)

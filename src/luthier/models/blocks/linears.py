@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from luthier import kernels
-from luthier.kernels.linear_ops import backward_input_op, flatten, forward_op, outer_op
+from luthier.kernels.linear_ops import backward_input_op, column_sums, factor_product, flatten, forward_op, outer_op
 from luthier.linear import LowRankLinear, enabled_terms, joined
 
 Small = Sequence[Tensor | None]
@@ -46,9 +46,9 @@ class Linears:
         if wants_dx:
             dx, v = backward_input_op(dys, self.stored, self.layout, self.numbers, A, B)
         else:
-            dx, v = None, [dy @ b if wanted else None for dy, b, wanted in zip(dys, B, wants_A, strict=True)]
+            dx, v = None, [factor_product(dy, b) if wanted else None for dy, b, wanted in zip(dys, B, wants_A, strict=True)]
         scalings = self.numbers[1::2]
-        dbias = [dy.sum(0) if wanted else None for dy, wanted in zip(dys, wants_bias, strict=True)]
+        dbias = [column_sums(dy) if wanted else None for dy, wanted in zip(dys, wants_bias, strict=True)]
         dA = [outer_op(v[p], x, scalings[p], False) if wants_A[p] else None for p in range(self.count)]
         dB = [outer_op(inner[p], dys[p], scalings[p], True) if wants_B[p] else None for p in range(self.count)]
         return dx, [*dbias, *dA, *dB]
