@@ -1,0 +1,53 @@
+"""llama.cpp itself opens what is exported and computes the same. Needs the extra `llamacpp`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from exporting import adapted, row_file
+from gguf import GGMLQuantizationType as Kind
+from gguf_tiny import random_model, write_gguf
+from peft_pair import randomize
+from tiny import tiny_tokenizer
+
+import luthier
+from luthier.adapters import AdapterSpec, attach, save_adapter, trainable_parameters
+from luthier.export.export import export
+
+pytest.importorskip("llama_cpp")
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"])
+@pytest.mark.parametrize("kind", ["f32", "f16"])
+def test_a_merged_file_computes_what_was_trained(tmp_path: Path, family: str, kind: str) -> None:
+    random_model(family).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    adapter = adapted(tmp_path, model=tmp_path / "model")
+    report = export(str(adapter), to="gguf", out=tmp_path / "out", dtype=kind, data=row_file(tmp_path), verify=True)
+    ours, theirs, _ = report.verification
+    assert ours.by == "luthier's reader"
+    assert theirs.by.startswith("llama.cpp")
+    assert theirs.passed
+    assert theirs.difference.logits_error < (1e-3 if kind == "f32" else 1e-2)
+    assert theirs.equal_tokens == 1.0
+
+
+@pytest.mark.parametrize("kind", [Kind.F16, Kind.Q8_0, Kind.Q4_1])
+@pytest.mark.parametrize("spec", [{}, {"variant": "rslora", "rank_pattern": {"q_proj": 2}}])
+def test_an_adapter_on_blocks_as_they_are(tmp_path: Path, kind: Kind, spec: dict) -> None:
+    """What was trained here on a GGUF file's own blocks is what llama.cpp serves from that file and the adapter's."""
+    base = write_gguf(tmp_path / "base.gguf", random_model("llama"), "llama", kind)
+    model, _ = luthier.load(str(base))
+    attach(model, AdapterSpec(rank=4, **spec), seed=1)
+    with torch.no_grad():
+        randomize([parameter for _, parameter in trainable_parameters(model)])
+    save_adapter(model, tmp_path / "adapter", base_name=str(base))
+    report = export(str(tmp_path / "adapter"), to="gguf-adapter", out=tmp_path / "out", data=row_file(tmp_path), verify=True)
+    ours, theirs = report.verification
+    assert ours.difference.largest_logits_error <= 1e-4
+    assert theirs.by.startswith("llama.cpp")
+    assert theirs.difference.logits_error < 5e-2
+    assert theirs.equal_tokens == 1.0
