@@ -55,7 +55,7 @@ def test_eval_json(capsys, tiny_llama: Path, data: Path) -> None:
     code, out, err = invoke(capsys, "eval", str(tiny_llama), "--data", str(data), "--max-new-tokens", "4", "--json")
     assert code == 0, err
     result = json.loads(out.splitlines()[-1])
-    assert result.keys() == {"metrics", "rows"}
+    assert result.keys() == {"metrics", "rows", "intervals", "notes", "sets"}
     assert result["metrics"].keys() == {"loss", "perplexity", "tokens", "exact_match"}
     assert result["rows"] == 4
 
@@ -68,7 +68,9 @@ def test_eval_vs_base(capsys, tiny_llama: Path, data: Path, adapter: Path) -> No
     tuned = json.loads(out.splitlines()[-1])["metrics"]
     code, out, err = invoke(capsys, *common, "--adapter", str(adapter), "--vs-base", "--rows", "4")
     assert code == 0, err
-    assert json.loads(out.splitlines()[-1]) == {"base": plain, "tuned": tuned, "rows": 4}
+    result = json.loads(out.splitlines()[-1])
+    assert (result["base"], result["tuned"], result["rows"]) == (plain, tuned, 4)
+    assert result["difference"]["loss"]["value"] == pytest.approx(tuned["loss"] - plain["loss"])
     assert plain["loss"] != tuned["loss"]
 
 
@@ -119,8 +121,12 @@ def test_eval_offline_opens_no_data_set_of_the_hub(capsys, tiny_llama: Path) -> 
     ("arguments", "code", "message"),
     [
         (["--vs-base"], 2, "error: --vs-base compares a tuned model with its base;"),
-        (["--metrics", "bleu"], 2, "error: --metrics takes loss, exact; got 'bleu'."),
-        (["--metrics", ","], 2, "error: --metrics needs at least one of loss, exact; got ','."),
+        (
+            ["--metrics", "blue"],
+            2,
+            "--metrics takes loss, exact, json, label, bleu, chrf, rouge, choice; got 'blue'. Did you mean 'bleu'?",
+        ),
+        (["--metrics", ","], 2, "error: --metrics takes loss, exact, json, label, bleu, chrf, rouge, choice; got none."),
         (["--on-long", "cut"], 2, "error: --on-long takes error, drop, truncate; got 'cut'."),
         (["--base", "f23"], 2, "got 'f23'. Did you mean 'f32'?"),
         (["--max-length", "8"], 4, "error: "),
@@ -140,6 +146,36 @@ def test_chat_prompt_prints_one_answer(capsys, tiny_llama: Path, adapter: Path) 
     assert out.endswith("\n")
     _, tuned, _ = invoke(capsys, "chat", str(tiny_llama), "--adapter", str(adapter), "--prompt", "hello", *options)
     assert tuned != out
+
+
+def test_notes_of_model_and_adapter_are_shown_beside_the_result(
+    capsys, tmp_path: Path, tiny_llama: Path, data: Path, adapter: Path
+) -> None:
+    """On stderr, so that the answer or the JSON stays alone on stdout."""
+    (adapter / "luthier_base.json").unlink()
+    path = tmp_path / "untied"
+    path.mkdir()
+    for file in tiny_llama.iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    wanted = [
+        "note: The configuration ties head and embedding, the weights differ: both were loaded, untied.\n",
+        "note: The adapter brings no luthier_base.json: names and shapes fit; that this is the base it was trained on, ",
+    ]
+    options = ["--adapter", str(adapter), "--max-new-tokens", "3"]
+    code, out, err = invoke(capsys, "eval", str(path), "--data", str(data), "--metrics", "loss", "--json", *options)
+    assert code == 0, err
+    assert len(out.splitlines()) == 1
+    assert all(note in err for note in wanted), err
+    code, out, err = invoke(capsys, "chat", str(path), "--prompt", "hello", *options)
+    assert code == 0, err
+    assert all(note in err for note in wanted), err
+    assert "note" not in out
+    code, out, err = invoke(capsys, "quantize", str(path), "--to", "nf4", "--out", str(tmp_path / "nf4"), "--json")
+    assert code == 0, err
+    assert wanted[0] in err
+    assert json.loads(out)["notes"] == [wanted[0].removeprefix("note: ").strip()]
 
 
 def test_chat_reads_messages_until_the_end(capsys, monkeypatch, tiny_llama: Path) -> None:

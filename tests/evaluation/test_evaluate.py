@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 
@@ -13,8 +14,10 @@ from tiny import tiny_model, tiny_tokenizer
 from luthier.data import Dataset, Renderer
 from luthier.errors import ConfigError, DataError, NumericError
 from luthier.evaluation import evaluate as evaluate_module
+from luthier.evaluation import scores
 from luthier.evaluation.evaluate import Answer, evaluate
 from luthier.evaluation.generate import generate_batch
+from luthier.evaluation.sets import Extras
 from luthier.evaluation.stops import end_tokens
 
 CHANNEL = (
@@ -54,7 +57,7 @@ def test_loss_is_the_mean_over_all_supervised_tokens(tokenizer, renderer, monkey
         total += F.cross_entropy(logits, targets, reduction="sum").item()
         tokens += sum(example.supervised)
     for pack_tokens in (1, 100, 2048):
-        monkeypatch.setattr(evaluate_module, "PACK_TOKENS", pack_tokens)
+        monkeypatch.setattr(scores, "PACK_TOKENS", pack_tokens)
         result = evaluate(model, tokenizer, dataset, renderer, metrics=("loss",), max_new_tokens=4)
         assert result.metrics == {
             "loss": pytest.approx(total / tokens, rel=1e-5),
@@ -128,7 +131,7 @@ def test_expected_answers_that_cannot_be_given_whole_are_counted(tokenizer, rend
         assert result.notes == ([note] if long else [])
 
 
-def test_an_answer_that_begins_with_control_tokens_is_given_whole_and_compared_without_them() -> None:
+def test_an_answer_that_begins_with_control_tokens_is_given_whole_and_compared_without_them(monkeypatch) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|channel|>", "<|message|>"]})
     tokenizer.chat_template = CHANNEL
@@ -140,6 +143,7 @@ def test_an_answer_that_begins_with_control_tokens_is_given_whole_and_compared_w
     model = tiny_model("llama")
     assert end_tokens(model, tokenizer, renderer) == {tokenizer.convert_tokens_to_ids("<|im_end|>")}
     given = iter(answer)
+    monkeypatch.setattr(evaluate_module, "_check_finite", lambda model, example: None)  # a forward pass of its own
     model.lm_head.register_forward_hook(lambda _m, _i, output: output.index_fill(-1, torch.tensor([next(given)]), 1e4))
     result = evaluate(model, tokenizer, dataset, renderer, metrics=("exact",), max_new_tokens=40)
     assert result.answers == [Answer("hi", "finalyes <|message|>", "finalyes <|message|>", exact=True)]
@@ -163,7 +167,10 @@ def test_rows_beyond_the_model_are_named(tokenizer, metric) -> None:
 def test_what_cannot_be_measured(tokenizer, renderer) -> None:
     model = tiny_model("llama")
     dataset = dataset_of(renderer, some_rows())
-    with pytest.raises(ConfigError, match=r"metrics are loss and exact; got 'exct'. Did you mean 'exact'\?"):
+    with pytest.raises(
+        ConfigError,
+        match=r"metrics are loss, exact, json, label, bleu, chrf, rouge, choice; got 'exct'. Did you mean 'exact'\?",
+    ):
         evaluate(model, tokenizer, dataset, renderer, metrics=("exct",), max_new_tokens=2)
     with pytest.raises(DataError, match="needs at least one row"):
         evaluate(model, tokenizer, Dataset([], {}), renderer, max_new_tokens=2)
@@ -179,3 +186,54 @@ def test_a_loss_that_is_not_finite_is_an_error(tokenizer, renderer) -> None:
         model.model.norm.weight[0] = float("nan")
     with pytest.raises(NumericError, match="the loss must be finite; it is nan"):
         evaluate(model, tokenizer, dataset_of(renderer, some_rows()), renderer, metrics=("loss",), max_new_tokens=2)
+
+
+def test_every_metric_in_one_call(tokenizer, renderer) -> None:
+    pytest.importorskip("sacrebleu")
+    pytest.importorskip("rouge_score")
+    model = tiny_model("llama")
+    rows = [{"prompt": question, "completion": json.dumps({"n": number % 2})} for number, question in enumerate(QUESTIONS)]
+    dataset = dataset_of(renderer, rows)
+    metrics = ("loss", "exact", "json", "label", "bleu", "chrf", "rouge")
+    result = evaluate(model, tokenizer, dataset, renderer, metrics=metrics, max_new_tokens=3)
+    assert list(result.metrics) == [
+        "loss", "perplexity", "tokens", "exact_match", "json_match", "json_f1", "json_precision", "json_recall", "json_valid",
+        "bleu", "chrf", "rouge1", "rouge2", "rougeL", "json_invalid", "label_accuracy",
+    ]  # fmt: skip
+    assert {figure.name for figure in result.figures} == result.metrics.keys() - {"tokens", "json_invalid"}
+    assert [judged.metric for judged in result.judged] == ["loss", "rouge", "label"]
+    assert all(figure.value == result.metrics[figure.name] for figure in result.figures)
+
+
+def test_references_stand_in_for_the_answer(tokenizer, renderer) -> None:
+    pytest.importorskip("sacrebleu")
+    model = tiny_model("llama")
+    dataset = dataset_of(renderer, some_rows()[:2])
+    common = {"metrics": ("chrf",), "max_new_tokens": 5}
+    plain = evaluate(model, tokenizer, dataset, renderer, **common)
+    given = [[answer.got or "x", "another"] for answer in plain.answers]
+    told = evaluate(model, tokenizer, dataset, renderer, **common, extras=Extras(references=given))
+    assert told.metrics["chrf"] == pytest.approx(100)
+    assert plain.metrics["chrf"] < 50
+
+
+def test_plain_text_is_left_out_of_labels(tokenizer, renderer) -> None:
+    model = tiny_model("llama")
+    rows = [{"prompt": str(number), "completion": "yes" if number % 2 else "no"} for number in range(4)]
+    mixed = dataset_of(renderer, [{"text": "some words"}, *rows])
+    result = evaluate(model, tokenizer, mixed, renderer, metrics=("label",), max_new_tokens=2)
+    assert len(result.judged[0].scores) == 4
+    assert result.judged[0].rows == [1, 2, 3, 4]
+    assert result.notes[0] == "label accuracy leaves out 1 rows of plain text, which expect no label"
+    with pytest.raises(DataError, match="label accuracy needs rows that expect a label"):
+        evaluate(model, tokenizer, Dataset(mixed.examples[:1], {}), renderer, metrics=("label",), max_new_tokens=2)
+    with pytest.raises(DataError, match="multiple choice needs rows with choices"):
+        evaluate(model, tokenizer, mixed, renderer, metrics=("choice",), max_new_tokens=2)
+
+
+def test_nan_is_noticed_though_only_answers_are_asked_for(tokenizer, renderer) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    with pytest.raises(NumericError, match="logits must be finite; the log-likelihood of row 0 is nan"):
+        evaluate(model, tokenizer, dataset_of(renderer, some_rows()), renderer, metrics=("exact",), max_new_tokens=2)

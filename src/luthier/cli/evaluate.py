@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
 
 import typer
 
 from luthier.cli import flags
 from luthier.errors import ConfigError, nearest
+from luthier.evaluation.measures import METRICS, check_metrics
+from luthier.units import visible
 
 if TYPE_CHECKING:
     from luthier.config import Storage
-    from luthier.data import Dataset, Renderer
-    from luthier.evaluation.evaluate import EvalResult
-    from luthier.training.load_run import Target as LoadedTarget
 
-METRICS = ("loss", "exact")
 MAX_LENGTH = 1024
 ON_LONG = ("error", "drop", "truncate")
 OnLong = Literal["error", "drop", "truncate"]
@@ -25,15 +24,11 @@ Target = Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run director
 Adapter = Annotated[str | None, typer.Option("--adapter", metavar="DIR", help="Adapter in PEFT layout.", show_default=False)]
 
 
-def parse_metrics(text: str) -> tuple[str, ...]:
-    """`loss,exact` as a tuple. Raises ConfigError for a metric that is not known, and for none at all."""
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
-    for name in names:
-        if name not in METRICS:
-            raise ConfigError(f"--metrics takes {', '.join(METRICS)}; got {name!r}.{nearest(name, METRICS)}")
-    if not names:
-        raise ConfigError(f"--metrics needs at least one of {', '.join(METRICS)}; got {text!r}.")
-    return names
+def parse_metrics(text: str | None) -> tuple[str, ...] | None:
+    """`loss,exact` as a tuple, None as None. Raises ConfigError for a metric that is not known, and for none at all."""
+    if text is None:
+        return None
+    return check_metrics([name.strip() for name in text.split(",") if name.strip()], "--metrics takes")
 
 
 def parse_storage(text: str | None) -> Storage | None:
@@ -55,10 +50,40 @@ def parse_on_long(text: str) -> OnLong:
 
 def evaluate(
     target: Target,
-    data: Annotated[str, typer.Option("--data", metavar="FILE", help="Rows to evaluate on.", show_default=False)],
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", metavar="[NAME=]FILE", help="Rows to evaluate on; may be repeated.", show_default=False),
+    ] = None,
     adapter: Adapter = None,
-    metrics: Annotated[str, typer.Option("--metrics", help="Any of loss, exact, separated by commas.")] = "loss,exact",
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            "--metrics",
+            metavar="NAMES",
+            help=f"Any of {', '.join(METRICS)}, with commas between. [default: loss,exact; loss,choice for rows with choices]",
+            show_default=False,
+        ),
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            "--labels", metavar="FILE", help="Labels to choose from, one a line. [default: the rows' own]", show_default=False
+        ),
+    ] = None,
     vs_base: Annotated[bool, typer.Option("--vs-base", help="Evaluate the model before tuning too.")] = False,
+    vs: Annotated[
+        str | None, typer.Option("--vs", metavar="RUN|MODEL", help="Compare with another run or model.", show_default=False)
+    ] = None,
+    guard: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--guard",
+            metavar="[NAME=]FILE[:BOUND]",
+            help="Rows on which tuning may make the model worse by no more than BOUND, else exit code 6: 0.05, 2% of the "
+            "base's value, or FIGURE=BOUND. May be repeated. [default: 2% of the loss]",
+            show_default=False,
+        ),
+    ] = None,
     base: flags.Base = None,
     max_length: Annotated[
         int | None,
@@ -68,67 +93,66 @@ def evaluate(
         str, typer.Option("--on-long", metavar="error|drop|truncate", help="What happens to longer rows.")
     ] = "error",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest generated answer.")] = 128,
-    rows: Annotated[int | None, typer.Option("--rows", min=1, help="Use only the first N rows.", show_default=False)] = None,
+    rows: Annotated[
+        int | None, typer.Option("--rows", min=1, help="Use only the first N rows of each file.", show_default=False)
+    ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Write a page with worst cases and examples.", show_default=False),
+    ] = None,
     offline: flags.Offline = False,
     as_json: flags.Json = False,
 ) -> None:
-    """Measure loss, perplexity and exact match on held-out rows."""
+    """Measure a model on held-out rows, alone or beside its base, every figure with its 95 % interval."""
     wanted = parse_metrics(metrics)
     storage, for_long = parse_storage(base), parse_on_long(on_long)
+    _check_flags(data, guard, vs_base, vs, html)
 
+    from luthier.cli.compare import Request, compare
     from luthier.cli.display import progress_display
     from luthier.cli.quiet import quiet_libraries
 
     quiet_libraries()
+    from luthier.evaluation.compare import as_json as as_content
+    from luthier.evaluation.compare import raise_broken
+
+    request = Request(
+        target, adapter, vs, vs_base=vs_base or (bool(guard) and vs is None), storage=storage, data=data or [],
+        guards=guard or [], metrics=wanted, labels=labels, max_length=max_length, on_long=for_long,
+        max_new_tokens=max_new_tokens, rows=rows, offline=offline,
+    )  # fmt: skip
     with progress_display() as progress:
-        from luthier.adapters import disabled
-        from luthier.evaluation.evaluate import evaluate as evaluate_model
-        from luthier.training.load_run import load_base, load_target
+        found = compare(request, progress)
+    show_notes([*found.notes, *(note for report in found.reports if as_json for note in report.notes)])
+    if html is not None:
+        from luthier.disk import write_atomically
+        from luthier.evaluation.page import render_evaluation
 
-        loaded = load_target(target, adapter=adapter, base=storage, offline=offline, progress=progress)
-        if vs_base and loaded.adapter is None and loaded.run_dir is None:
-            raise ConfigError(f"--vs-base compares a tuned model with its base; {target} is not tuned. Add --adapter DIR.")
-        renderer, dataset = _load_rows(data, loaded, max_length, for_long, offline)
-
-        def measure(measured: LoadedTarget, label: str) -> EvalResult:
-            return evaluate_model(
-                measured.model, measured.tokenizer, dataset, renderer, metrics=wanted, max_new_tokens=max_new_tokens,
-                rows=rows, progress=lambda stage, done, total: progress(f"{label}, {stage}", done, total),
-            )  # fmt: skip
-
-        result, base_result = measure(loaded, "model"), None
-        if vs_base and loaded.adapter is not None:
-            with disabled(loaded.model):
-                base_result = measure(loaded, "base")
-        elif vs_base:
-            loaded = load_base(loaded, base=storage, offline=offline, progress=progress)
-            base_result = measure(loaded, "base")
-    for note in result.notes:
-        typer.echo(f"note: {note}.", err=True)
+        page = render_evaluation(found.reports, name=target, base_name=vs or "base", paths=found.paths)
+        write_atomically(html, page)
     if as_json:
-        typer.echo(json.dumps(_as_json(result, base_result)))
-        return
-    from luthier.cli.tables import print_eval
+        keys = {"base_key": "vs", "tuned_key": "metrics"} if vs is not None else {}
+        typer.echo(json.dumps(as_content(found.reports, **keys)))
+    else:
+        from luthier.cli.eval_tables import print_reports
 
-    print_eval(result, base_result)
-
-
-def _load_rows(
-    data: str, loaded: LoadedTarget, max_length: int | None, on_long: OnLong, offline: bool
-) -> tuple[Renderer, Dataset]:
-    """The rows as the model saw them in training: with its run's length, supervision and --offline, where it is of a run."""
-    from luthier.config import make_config
-    from luthier.data import Renderer, load_examples
-    from luthier.training.rundir import read_config
-
-    config = None if loaded.run_dir is None else make_config(read_config(loaded.run_dir))
-    longest = max_length or (config.max_length if config else MAX_LENGTH)
-    renderer = Renderer(loaded.tokenizer, max_length=longest, loss_on=config.loss_on if config else "assistant")
-    offline = offline or (config is not None and config.offline)
-    return renderer, load_examples(data, renderer, on_long=on_long, offline=offline)
+        print_reports(found.reports, base_name="base" if vs is None else vs)
+        if html is not None:
+            typer.echo(f"page: {visible(str(html))}")
+    raise_broken(found.reports)
 
 
-def _as_json(result: EvalResult, base: EvalResult | None) -> dict[str, Any]:
-    if base is None:
-        return {"metrics": result.metrics, "rows": result.rows}
-    return {"base": base.metrics, "tuned": result.metrics, "rows": result.rows}
+def _check_flags(data: list[str] | None, guard: list[str] | None, vs_base: bool, vs: str | None, html: Path | None) -> None:
+    """What can be said before anything is loaded."""
+    if not data and not guard:
+        raise ConfigError("an evaluation needs rows; give --data FILE, or --guard FILE.")
+    if vs_base and vs is not None:
+        raise ConfigError("one comparison at a time; got --vs-base and --vs. Leave one out.")
+    if html is not None and (html.is_dir() or not html.parent.is_dir()):
+        raise ConfigError(f"--html needs a file in a folder that exists; got {html}. Make its folder first.")
+
+
+def show_notes(notes: list[str]) -> None:
+    """Notes on stderr, a line each."""
+    for note in dict.fromkeys(notes):
+        typer.echo(f"note: {visible(note).rstrip('.')}.", err=True)

@@ -13,17 +13,20 @@ from transformers import PreTrainedModel
 from luthier.data.packing import Pack
 from luthier.kernels.head import linear_cross_entropy as kernel_cross_entropy
 from luthier.linear import LowRankLinear, enabled_terms
+from luthier.models.blocks import Entry
 from luthier.models.packed import Head, head_of, packed_hidden, packed_logits
 
 LOGITS_AT_ONCE = 1 << 23
 MIN_CHUNK_ROWS = 128
 
 
-def supervised_loss(model: PreTrainedModel, pack: Pack) -> Tensor:
+def supervised_loss(model: PreTrainedModel, pack: Pack, entry: Entry | None = None) -> Tensor:
     """Sum over the pack's S supervised tokens of -log p(target), a float32 scalar that can be differentiated.
 
-    The head runs on the S hidden states that predict a supervised token. A model whose head is not known
+    The head runs on the S hidden states that predict a supervised token. Tokens that examples share are computed once,
+    for models that `shares_prefixes` names; others need packs made without sharing. A model whose head is not known
     (`head_of` gives None) computes those S logits itself, all at once. Without supervised tokens the sum is 0.
+    entry: begin at a decoder layer, for models whose `entry_obstacle` is None.
     """
     if pack.supervised_tokens == 0:
         return torch.zeros((), device=pack.ids.device, requires_grad=torch.is_grad_enabled())
@@ -31,8 +34,15 @@ def supervised_loss(model: PreTrainedModel, pack: Pack) -> Tensor:
     if head is None:
         logits = packed_logits(model, pack.ids, pack.starts, pack.predict)
         return F.cross_entropy(logits, pack.targets, reduction="sum")
-    hidden = packed_hidden(model, pack.ids, pack.starts, pack.predict)
-    return linear_cross_entropy(hidden, head, pack.targets)
+    return linear_cross_entropy(predicting_hidden(model, pack, entry), head, pack.targets)
+
+
+def predicting_hidden(model: PreTrainedModel, pack: Pack, entry: Entry | None = None) -> Tensor:
+    """The hidden state before each supervised token, (S, hidden). One that predicts several tokens is computed once."""
+    if not pack.is_shared:
+        return packed_hidden(model, pack.ids, pack.starts, pack.predict, entry=entry)
+    rows, which = pack.predict.unique(return_inverse=True)
+    return packed_hidden(model, pack.ids, pack.starts, rows, pack.parents, entry)[which]
 
 
 def linear_cross_entropy(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
@@ -44,7 +54,7 @@ def linear_cross_entropy(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
     with an adapter) each chunk is computed again in backward.
     """
     linear = head.linear
-    if _suits_the_kernel(linear, hidden):
+    if suits_the_kernel(linear, hidden):
         storage, bias = linear.matrix.storage(), linear.bias
         return kernel_cross_entropy(hidden, storage, targets, bias=bias, softcap=head.softcap, scale=head.scale)[0]
     rows = max(MIN_CHUNK_ROWS, LOGITS_AT_ONCE // head.vocabulary)
@@ -56,7 +66,7 @@ def linear_cross_entropy(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
     return _FrozenHeadLoss.apply(hidden, targets, head, rows)
 
 
-def _suits_the_kernel(linear: nn.Module, hidden: Tensor) -> TypeGuard[LowRankLinear]:
+def suits_the_kernel(linear: nn.Module, hidden: Tensor) -> TypeGuard[LowRankLinear]:
     """Whether the head is one frozen matrix and nothing else, and the numbers are those that the kernel takes."""
     bare = isinstance(linear, LowRankLinear) and not enabled_terms(linear)
     frozen = not any(parameter.requires_grad for parameter in linear.parameters())
