@@ -139,7 +139,7 @@ def one_document(model: Any, tokens: int) -> Any:
     from luthier.data.packing import Pack
 
     ids = torch.randint(model.config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(1))
-    return Pack(ids, torch.tensor([0, tokens]), torch.arange(tokens - 1), ids[1:], [0])
+    return Pack.of_texts(ids, torch.tensor([0, tokens]), torch.arange(tokens - 1))
 
 
 def step(model: Any, optimizer: Any, pack: Any) -> float:

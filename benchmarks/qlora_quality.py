@@ -103,7 +103,7 @@ def windows(ids: Any, length: int) -> Iterator[Any]:
 
     for start in range(0, len(ids) - length + 1, length):
         own = ids[start : start + length]
-        yield Pack(own, torch.tensor([0, length]), torch.arange(length - 1), own[1:], [0])
+        yield Pack.of_texts(own, torch.tensor([0, length]), torch.arange(length - 1))
 
 
 def round_linear(model: Any, name: str) -> None:
