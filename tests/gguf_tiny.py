@@ -45,18 +45,37 @@ def random_model(family: str, *, seed: int = 0, **changes: Any):
     return model.eval()
 
 
-def write_gguf(path: Path, model: Any, family: str, kind: Kind = Kind.F32, extra: dict | None = None, **keys: Any) -> Path:
-    """Write `model`: matrices stored as `kind`, the rest and `extra` in f32. keys: metadata, None to leave one out."""
+def write_gguf(
+    path: Path,
+    model: Any,
+    family: str,
+    kind: Kind = Kind.F32,
+    extra: dict | None = None,
+    blocks: dict[str, Kind] | None = None,
+    **keys: Any,
+) -> Path:
+    """Write `model`: matrices stored as `kind`, the rest and `extra` in f32. keys: metadata, None to leave one out.
+
+    blocks: tensors, by gguf's name, that are stored in random blocks of a type which gguf cannot quantise to.
+    """
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[family]])
     for key, value in (_settings(model.config, family) | vocabulary() | keys).items():
         if value is not None:
             _add(writer, key.replace("ARCH", gguf.MODEL_ARCH_NAMES[ARCHITECTURES[family]]), value)
     for name, data in (tensors(model, family) | (extra or {})).items():
-        if data.ndim == 2 and kind != Kind.F32:
+        if name in (blocks or {}):
+            writer.add_tensor(name, random_blocks(data.shape, blocks[name]), raw_dtype=blocks[name])
+        elif data.ndim == 2 and kind != Kind.F32:
             writer.add_tensor(name, gguf.quants.quantize(data, kind), raw_dtype=kind)
         else:
             writer.add_tensor(name, data)
     return _close(writer, path)
+
+
+def random_blocks(shape: tuple[int, ...], kind: Kind) -> np.ndarray:
+    """Bytes of a matrix of that shape, small enough that they are finite as float16 scales too."""
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    return np.random.default_rng(0).integers(0, 60, (shape[0], shape[1] // block * block_bytes), np.uint8)
 
 
 def write_vocabulary(path: Path, architecture: str, metadata: dict[str, Any], rows: int = 512) -> Path:

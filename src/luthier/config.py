@@ -79,6 +79,7 @@ class RunConfig(BaseModel):
     max_length: int = Field(1024, ge=8, description="tokens in one row, template included")
     on_long: Literal["error", "drop", "truncate"] = "error"
     loss_on: Literal["assistant", "all"] = "assistant"
+    data_cache: bool = Field(True, description="keep rendered rows in the cache, so that the same data is tokenized once")
 
     # the optimisation
     learning_rate: float | None = Field(None, gt=0, description="default: from the hidden size, see training/schedule.py")
@@ -90,6 +91,9 @@ class RunConfig(BaseModel):
     )
     recompute_layers: int | None = Field(
         None, ge=0, description="layers whose activations are computed again in backward; default: as many as memory asks for"
+    )
+    cache_frozen: bool = Field(
+        False, description="keep what goes into the lowest trained layer on disk, so that the layers below it run once a row"
     )
     warmup_ratio: float = Field(0.05, ge=0, le=1)
     optimizer: Literal["adamw", "paged_adamw"] = Field("adamw", description="paged_adamw: bitsandbytes' own, on CUDA only")
@@ -160,6 +164,8 @@ class RunConfig(BaseModel):
             raise ValueError(
                 f"method full trains every weight in float32, without an adapter; {changed} would do nothing. Leave it out"
             )
+        if self.method == "full" and self.cache_frozen:
+            raise ValueError("method full trains every layer; cache_frozen would keep nothing. Leave it out")
         if self.storage != "nf4" and (changed := self._changed(NF4_KEYS)):
             raise ValueError(
                 f"only a base in nf4 is quantized while loading; {changed} would do nothing. Use method qlora or leave it out"

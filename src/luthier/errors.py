@@ -60,6 +60,12 @@ class NumericError(LuthierError):
     exit_code = 5
 
 
+class GuardError(LuthierError):
+    """A tuned model that is worse on a guarded set than its bound allows."""
+
+    exit_code = 6
+
+
 class Interrupted(LuthierError):
     """The person stopped the run; what was done is saved."""
 

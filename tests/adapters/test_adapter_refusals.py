@@ -107,9 +107,7 @@ def test_targets_that_match_nothing_here(model: torch.nn.Module, adapter: Path) 
         "every entry of target_modules must match a layer; nothing matches 'c_attn'. "
         "The adapter was made for another kind of model."
     )
-    change_config(adapter, target_modules=["layers.0.self_attn.q_proj"], rank_pattern={"k_proj": 2})
-    assert "rank_pattern: 'k_proj' matches nothing." in refusal(model, adapter)
-    change_config(adapter, rank_pattern={}, modules_to_save=["score"])
+    change_config(adapter, target_modules=["layers.0.self_attn.q_proj"], modules_to_save=["score"])
     assert refusal(model, adapter) == "every entry of modules_to_save must match a module; nothing matches 'score'."
 
 
@@ -183,9 +181,12 @@ def test_another_size_of_model(adapter: Path, tmp_path: Path) -> None:
 
 def test_a_saved_embedding_must_be_the_models_own(model: torch.nn.Module, folder: Path, tmp_path: Path) -> None:
     attach(model, AdapterSpec(rank=2, targets=["embed_tokens"]), seed=0)
-    adapter = save_adapter(model, tmp_path / "adapter")
+    adapter = save_adapter(model, tmp_path / "adapter", base_name="the/base")
     (adapter / "luthier_base.json").unlink()
-    load_adapter(ours(folder), adapter)
+    assert load_adapter(ours(folder), adapter).notes == [
+        "The adapter brings no luthier_base.json: names and shapes fit, and the embedding saved with it (model.embed_tokens); "
+        "that this is the base it was trained on, 'the/base', cannot be checked."
+    ]
     change_weights(adapter, lambda state: state["base_model.model.model.embed_tokens.base_layer.weight"].mul_(1.1))
     assert "the weights of model.embed_tokens saved with it differ by 0.1 of their size." in refusal(ours(folder), adapter)
 
@@ -223,6 +224,8 @@ def test_files_that_are_missing_or_damaged(model: torch.nn.Module, adapter: Path
         "ADAPTER has no adapter_config.json. Check the path."
     )
     assert "has no adapter_config.json and no adapter_model.safetensors" in refusal(model, tmp_path / "nowhere")
+    for name in ("x" * 5000, "a\0b"):
+        assert refusal(model, tmp_path / name).startswith("an adapter is a folder ")
 
 
 def test_tensors_of_another_kind(model: torch.nn.Module, adapter: Path) -> None:
@@ -257,7 +260,7 @@ def test_saving_replaces_an_adapter_and_nothing_else(model: torch.nn.Module, ada
     (tmp_path / "file").write_text("")
     with pytest.raises(AdapterError, match=r"a folder to save in must be new or a folder; .* is a file"):
         save_adapter(model, tmp_path / "file")
-    with pytest.raises(AdapterError, match=r"must be writable; .*Choose another folder"):
+    with pytest.raises(AdapterError, match=r"could not be written; .*choose another folder"):
         save_adapter(model, tmp_path / "file" / "adapter")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "file"]
 
@@ -296,6 +299,78 @@ def test_a_save_killed_between_its_renames_comes_back(model: torch.nn.Module, ad
     adapter.rename(adapter.with_name(f".{adapter.name}.0123abcd.old"))
     assert load_adapter(model, adapter).targets == ["model.layers.0.self_attn.q_proj"]
     assert [path.name for path in adapter.parent.iterdir()] == [adapter.name]
+
+
+def test_a_pattern_that_matches_nothing_is_said_and_dropped(model: torch.nn.Module, adapter: Path, tmp_path: Path) -> None:
+    """As in PEFT, which loads such adapters: the pattern cannot change what the adapter computes."""
+    expected = logits(ours_with(adapter, model))
+    change_config(adapter, rank_pattern={"k_proj": 7, "q_proj": 2}, alpha_pattern={"layers.9.q_proj": 64})
+    again = ours(Path(model.config._name_or_path))
+    report = load_adapter(again, adapter)
+    assert report.notes == [
+        "adapter_config.json: rank_pattern 'k_proj' matches none of the adapter's layers and has no effect.",
+        "adapter_config.json: alpha_pattern 'layers.9.q_proj' matches none of the adapter's layers and has no effect.",
+    ]
+    assert torch.equal(logits(again), expected)
+    written = json.loads((save_adapter(again, tmp_path / "again") / "adapter_config.json").read_text())
+    assert (written["rank_pattern"], written["alpha_pattern"]) == ({"q_proj": 2}, {})
+
+
+def ours_with(adapter: Path, model: torch.nn.Module) -> torch.nn.Module:
+    load_adapter(model, adapter)
+    return model
+
+
+def test_an_adapter_without_a_record_says_what_was_not_checked(model: torch.nn.Module, adapter: Path) -> None:
+    (adapter / "luthier_base.json").unlink()
+    change_config(adapter, base_model_name_or_path=None)
+    assert load_adapter(model, adapter).notes == [
+        "The adapter brings no luthier_base.json: names and shapes fit; that this is the base it was trained on "
+        "cannot be checked."
+    ]
+
+
+def test_json_that_means_two_things_or_never_ends(model: torch.nn.Module, adapter: Path, monkeypatch) -> None:
+    monkeypatch.setattr("luthier.strict_json.MAX_JSON_BYTES", 100_000)
+    contents = {
+        '{"peft_type": "LORA", "r": 2, "r": 4}': "the key 'r' appears twice with different values",
+        '{"lora_alpha": NaN}': "it holds NaN",
+        '{"a": "' + "x" * 200_000 + '"}': "it is longer than 100000 bytes",
+    }
+    whole = (adapter / "adapter_config.json").read_text()
+    for content, message in contents.items():
+        (adapter / "adapter_config.json").write_text(content)
+        assert f"adapter_config.json must be readable JSON; {message}" in refusal(model, adapter)
+    (adapter / "adapter_config.json").write_text(whole)
+    record = (adapter / "luthier_base.json").read_text()
+    for change in ({"values": ["a"]}, {"values": [[1.0], [2.0, 3.0]]}, {"shape": 3}, {"values": [float("inf")]}):
+        content = json.loads(record)
+        content["matrices"]["model.layers.0.self_attn.q_proj"] |= change
+        (adapter / "luthier_base.json").write_text(json.dumps(content))
+        refusal(model, adapter)
+
+
+WEIGHT_LIES = {
+    "overlap": '{"%s.lora_A.weight":{"dtype":"F32","shape":[2,64],"data_offsets":[0,512]},'
+    '"%s.lora_B.weight":{"dtype":"F32","shape":[64,2],"data_offsets":[256,768]}}',
+    "beyond the end": '{"%s.lora_A.weight":{"dtype":"F32","shape":[2,1000000],"data_offsets":[0,8000000]},"%s":{}}',
+    "one name twice": '{"%s.lora_A.weight":{"dtype":"F32","shape":[64],"data_offsets":[0,256]},'
+    '"%s.lora_A.weight":{"dtype":"F32","shape":[64],"data_offsets":[256,512]}}',
+}
+
+
+@pytest.mark.parametrize("lie", WEIGHT_LIES)
+def test_weight_headers_that_lie(model: torch.nn.Module, adapter: Path, lie: str) -> None:
+    header = (WEIGHT_LIES[lie] % (Q0, Q0)).encode()
+    (adapter / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(512))
+    message = refusal(model, adapter)
+    assert "must be a whole safetensors file" in message or "must fit the model" in message
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (64, 2), (2, 64, 1), (128,), (2, 65)])
+def test_factors_of_another_shape(model: torch.nn.Module, adapter: Path, shape: tuple[int, ...]) -> None:
+    change_weights(adapter, lambda state: state.update({f"{Q0}.lora_A.weight": torch.zeros(shape)}))
+    assert f"{Q0}.lora_A.weight must be (2, 64); it is {shape}" in refusal(model, adapter)
 
 
 def test_an_expression_that_takes_for_ever_is_refused(model: torch.nn.Module, adapter: Path, monkeypatch) -> None:

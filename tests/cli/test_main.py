@@ -61,7 +61,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (
             ["eval", "smollm2-135m", "--data", "x.jsonl", "--metrics", "exct"],
             2,
-            "error: --metrics takes loss, exact; got 'exct'. Did you",
+            "; got 'exct'. Did you mean 'exact'?",
         ),
         (["train", "x.jsonl", "--rnk", "3"], 2, "No such option: --rnk"),
         (["trian"], 2, "No such command 'trian'"),
@@ -78,6 +78,29 @@ def test_debug_shows_the_traceback_anywhere_on_the_line(capsys: pytest.CaptureFi
     code, _, err = invoke(capsys, "train", "x.jsonl", "--debug", "--rank", "0")
     assert code == 2
     assert "Traceback" in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--debug", "train", "x.jsonl", "--rank", "0"], ["runs", "--debug", "show", "x"], ["runs", "show", "x", "--debug"]],
+)
+def test_debug_on_every_command(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    assert "Traceback" in invoke(capsys, *arguments)[2]
+
+
+def test_debug_as_the_value_of_an_option_stays_one(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = invoke(capsys, "train", "x.jsonl", "--rank", "0", "--set", "--debug")
+    assert code == 2
+    assert "--set takes key=value; got '--debug'." in err
+    assert "Traceback" not in err
+    code, _, err = invoke(capsys, "train", "--", "--debug")
+    assert "--debug" in err
+    assert "Traceback" not in err
+
+
+def test_debug_is_listed_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke(capsys, "--help")[1].count("--debug") == 1
+    assert "--debug" not in invoke(capsys, "train", "--help")[1]
 
 
 def test_runs_ls_of_an_empty_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

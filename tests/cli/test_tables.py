@@ -11,7 +11,6 @@ import pytest
 
 from luthier.cli import tables
 from luthier.data.check import DataReport
-from luthier.evaluation.evaluate import EvalResult
 from luthier.training.result import RunResult
 
 BEFORE = {"loss": 2.504, "perplexity": 12.231, "tokens": 4400, "exact_match": 0.0}
@@ -104,20 +103,6 @@ def test_run_summary_without_evaluation_or_adapter(printed: Callable[[], str]) -
     assert "model runs/one/model" in lines
     assert "steps 250, 2 skipped for gradients that were not finite" in lines
     assert not any("held-out" in line or "sample" in line for line in lines)
-
-
-def test_eval_alone_and_beside_its_base(printed: Callable[[], str]) -> None:
-    result = EvalResult(dict(AFTER), 200, notes=["exact match leaves out 3 rows"])
-    tables.print_eval(result, None)
-    alone = squeezed(printed())
-    assert alone[:2] == ["loss 0.1944", "perplexity 1.2146"]
-    assert "exact match 85.5 %" in alone
-    assert "note: exact match leaves out 3 rows" in alone
-    assert alone[-1] == "200 rows"
-    tables.print_eval(result, EvalResult(dict(BEFORE), 200))
-    beside = squeezed(printed())
-    assert beside[0] == "200 rows base tuned change"
-    assert "loss 2.5040 0.1944 -2.3096" in beside
 
 
 def test_runs_one_line_each(printed: Callable[[], str]) -> None:

@@ -52,6 +52,7 @@ def test_manifest(tmp_path: Path, renderer: Renderer) -> None:
         "supervised_tokens": 4,
         "longest": length,
         "notes": [f"keys that are not used: 'id' (1 row, first {path}:2)"],
+        "cache": "off",
     }
     assert [example.where for example in dataset.examples] == [f"{path}:1", f"{path}:2"]
 

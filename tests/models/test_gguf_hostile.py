@@ -88,6 +88,17 @@ def text(value: bytes) -> bytes:
         ),
         (header(tensors=1) + text(b"t") + struct.pack("<IQQIQ", 2, 1 << 40, 1 << 40, 0, 0), "tensor 't' ends at byte"),
         (header(tensors=1) + text(b"t") + struct.pack("<IQIQ", 1, 32, 0, 1 << 63), "tensor 't' ends at byte"),
+        (
+            header(tensors=2)
+            + text(b"a")
+            + struct.pack("<IQIQ", 1, 32, 0, 0)
+            + text(b"b")
+            + struct.pack("<IQIQ", 1, 32, 0, 96)
+            + bytes(512),
+            "tensors 'a' and 'b' overlap",
+        ),
+        (header(tensors=2) + 2 * (text(b"t") + struct.pack("<IQIQ", 1, 8, 0, 0)) + bytes(512), "tensor 't' appears twice"),
+        (header(tensors=1) + text(b"t") + struct.pack("<IQQIQ", 2, 32, 0, 0, 0) + bytes(512), r"shape \(0, 32\)"),
     ],
 )
 def test_headers_that_lie(tmp_path: Path, content: bytes, message: str) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
-from gguf_tiny import ARCHITECTURES, random_model, write_gguf
+from gguf_tiny import ARCHITECTURES, random_blocks, random_model, write_gguf
 from transformers import AutoModelForCausalLM
 
 from luthier.errors import ModelError
+from luthier.matrices import NF4Matrix
 from luthier.models.gguf_checkpoint import BLOCKS, GGUFCheckpoint
 from luthier.models.gguf_config import config_content
-from luthier.models.gguf_file import read_gguf
+from luthier.models.gguf_file import _Header, read_gguf
 from luthier.models.gguf_names import to_gguf, to_transformers
 from luthier.models.load import load
 
@@ -92,20 +93,73 @@ def test_blocks_are_mapped_and_rows_that_move_are_copied(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("kind", [Kind.Q2_K, Kind.Q3_K])
-def test_types_without_a_kernel_are_widened_with_a_note(tmp_path: Path, kind: Kind) -> None:
+def test_types_without_a_kernel_are_converted_only_when_asked(tmp_path: Path, kind: Kind) -> None:
+    """They would grow to float32 without a word: ten times their size. nf4 keeps head and embedding, and says so."""
     source = random_model("llama", hidden_size=256, intermediate_size=256)
-    path = write_gguf(tmp_path / "tiny.gguf", source, "llama", Kind.F16)
-    plain = load(str(path))
-    assert plain.notes == []
-    file = read_gguf(path)
-    size = gguf.GGML_QUANT_SIZES[kind][1]
-    tensor = file.tensors["blk.0.ffn_up.weight"]
-    small = dataclasses.replace(tensor, kind=kind, size_bytes=256 * size)
-    checkpoint = GGUFCheckpoint(dataclasses.replace(file, tensors=file.tensors | {tensor.name: small}), 4, 2)
-    name = "model.layers.0.mlp.up_proj.weight"
-    assert checkpoint.kind(name) is None
-    assert checkpoint.tensor(name, mapped=True).dtype == torch.float32
-    assert checkpoint.widened() == f"{kind.name} has no kernel here: such weights are held in float32."
+    blocks = dict.fromkeys(("blk.0.ffn_up.weight", "blk.1.attn_k.weight", "token_embd.weight"), kind)
+    path = write_gguf(tmp_path / "tiny.gguf", source, "llama", Kind.F16, blocks=blocks)
+    for base in (None, "asis"):
+        with pytest.raises(ModelError) as caught:
+            load(str(path), base=base)  # type: ignore[arg-type]
+        assert str(caught.value) == (
+            "a matrix stays as it is stored only in f32, bf16, f16, nf4, q4_0, q4_1, q5_0, q5_1, q8_0, q4_k, q5_k, q6_k; "
+            f"{path} has 3 others:\n"
+            f"  - model.embed_tokens.weight: {kind.name}\n"
+            f"  - model.layers.0.mlp.up_proj.weight: {kind.name}\n"
+            f"  - model.layers.1.self_attn.k_proj.weight: {kind.name}\n"
+            "Try --base nf4, which quantizes them anew while loading, --base bf16, or another quantization of the model, "
+            "such as Q4_K_M."
+        )
+    wide = load(str(path), base="f32")
+    assert wide.notes == []
+    up = torch.from_numpy(gguf.quants.dequantize(random_blocks((256, 256), kind), kind))
+    assert torch.equal(wide.model.model.layers[0].mlp.up_proj.weight, up)
+    nf4 = load(str(path), base="nf4")
+    assert nf4.notes == [
+        f"model.embed_tokens.weight is stored in {kind.name}, which has no kernel here: held in float32, {512 * 256 * 4} bytes."
+    ]
+    assert isinstance(nf4.model.model.layers[0].mlp.up_proj.matrix, NF4Matrix)
+    assert nf4.model.model.embed_tokens.weight.dtype == torch.float32
+    assert torch.equal(nf4.model.model.embed_tokens.weight, wide.model.model.embed_tokens.weight)
+
+
+def test_types_that_nothing_here_reads_are_refused_by_name(tmp_path: Path) -> None:
+    source = random_model("llama", hidden_size=256, intermediate_size=256)
+    path = write_gguf(tmp_path / "tiny.gguf", source, "llama", Kind.F16, blocks={"blk.0.ffn_up.weight": Kind.IQ4_XS})
+    message = r"tensors must be stored as F32, F16, BF16, Q4_0, .*; got\n  - blk\.0\.ffn_up\.weight: IQ4_XS\nTry another"
+    for base in (None, "nf4"):
+        with pytest.raises(ModelError, match=message):
+            load(str(path), base=base)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [Kind.F32, Kind.F16, Kind.Q8_0])
+def test_a_file_whose_tensors_lie_at_odd_addresses(tmp_path: Path, kind: Kind) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", random_model("llama"), "llama", kind)
+    shifted = write_shifted(path, tmp_path / "shifted.gguf")
+    first, second = load(str(path)).model, load(str(shifted)).model
+    for module in second.modules():
+        if hasattr(module, "matrix"):
+            assert module.matrix.weight.data_ptr() % 2 == 0
+    assert_same_logits(second, first)
+
+
+def write_shifted(path: Path, target: Path) -> Path:
+    """The same file with general.alignment 1, its first tensor at an odd place: offsets stay, what they count from moves."""
+    content = path.read_bytes()
+    header = _Header(content, len(content))  # type: ignore[arg-type]
+    _, tensors = header.read()
+    start = min(tensor.offset_bytes for tensor in tensors.values())
+    added = [_key(b"general.alignment", 4, struct.pack("<I", 1))]
+    if (header.position + len(added[0])) % 2 == 0:
+        added.append(_key(b"a", 0, b"\0"))  # a key that nobody reads, of an odd length
+    (keys,) = struct.unpack_from("<Q", content, 16)
+    counts = content[:16] + struct.pack("<Q", keys + len(added))
+    target.write_bytes(counts + b"".join(added) + content[24 : header.position] + content[start:])
+    return target
+
+
+def _key(name: bytes, kind: int, value: bytes) -> bytes:
+    return struct.pack("<Q", len(name)) + name + struct.pack("<I", kind) + value
 
 
 @pytest.mark.parametrize("base", ["f32", "bf16", "f16"])
@@ -208,6 +262,7 @@ def test_other_architectures_are_refused_by_name(tmp_path: Path, architecture: s
         ({"ARCH.rope.freq_base": float("nan")}, "must be a positive number; got nan"),
         ({"ARCH.rope.scaling.type": "weird"}, "must be none, linear or yarn; got 'weird'"),
         ({"ARCH.attention.head_count": 7}, "not a multiple of the number of att"),
+        ({"ARCH.rope.dimension_count": 1 << 31}, r"llama\.rope\.dimension_count must be at most 16; got 2147483648"),
         ({"ARCH.feed_forward_length": 100}, r"mlp\.up_proj\.weight must be \(100, 64\); it is \(96, 64\)"),
         ({"tokenizer.ggml.model": "rwkv"}, r"tokenizer\.ggml\.model must be gpt2 or llama; got 'rwkv'"),
         ({"tokenizer.ggml.pre": "unheard-of"}, r"tokenizer\.ggml\.pre must be one of .*; got 'unheard-of'"),

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from luthier.errors import ModelError, PreflightError
 from luthier.models import tokenizer as tokenizer_module
+from luthier.models.cache import discard, seal
 from luthier.models.gguf_file import read_gguf
 from luthier.models.gguf_tokenizer import PATTERNS
 from luthier.models.load import load_tokenizer
@@ -191,6 +192,35 @@ def test_phi3_drops_blanks_after_control_tokens(tmp_path: Path) -> None:
     assert pieces(converted, "<s> hello") == ["<s>", "▁", "▁hello"]
     llama = convert(tmp_path, "llama", sentencepiece("llama"))
     assert pieces(llama, "<|end|> hello") == ["<|end|>", "▁", "▁hello"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "missing", "extra", "garbage", "forged", "file"])
+def test_a_damaged_one_is_converted_again(tmp_path: Path, cache: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    first = convert(tmp_path, "llama", byte_level())
+    (kept,) = (cache / "tokenizers").iterdir()
+    file = kept / "tokenizer.json"
+    content = bytearray(file.read_bytes())
+    if damage == "cut":
+        file.write_bytes(content[: len(content) // 2])
+    elif damage == "bit":
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    elif damage == "missing":
+        file.unlink()
+    elif damage == "extra":
+        (kept / "added_tokens.json").write_text("{}")
+    elif damage == "file":
+        discard(kept)
+        kept.write_text("garbage")
+    else:
+        file.write_text("{" if damage == "garbage" else "{}")
+        seal(kept)
+    again = convert(tmp_path, "llama", byte_level())
+    assert again.backend_tokenizer.to_str() == first.backend_tokenizer.to_str()
+    assert f"The tokenizer kept in {kept} was damaged; it is removed and converted again." in caplog.text
+    caplog.clear()
+    convert(tmp_path, "llama", byte_level())
+    assert caplog.text == ""
 
 
 def test_converted_once(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

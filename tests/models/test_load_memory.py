@@ -46,6 +46,13 @@ read = [matrix.detach()[:, :1].sum() for matrix in matrices]
 print(loaded - before, peak() - before)
 """
 
+WRITE = """
+from luthier.config import NF4Options
+from luthier.models.quantize import quantize
+quantize(sys.argv[1], sys.argv[4], nf4=NF4Options())
+print(0, peak() - before)
+"""
+
 LINEAR = LAYERS * (3 * INTER * HIDDEN + 3 * HIDDEN * HIDDEN)
 REST = VOCABULARY * HIDDEN + HIDDEN + LAYERS * 2 * HIDDEN
 
@@ -76,9 +83,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def measure(folder: Path, warm: Path, base: str) -> tuple[int, int]:
-    """Bytes that the peak rose by until the model was loaded, and until every page of it had been read."""
-    command = [sys.executable, "-c", MEASURE, str(folder), str(warm), base]
+def measure(folder: Path, warm: Path, base: str, out: Path | None = None) -> tuple[int, int]:
+    """Bytes that the peak rose by until the model was loaded, and until every page of it had been read.
+
+    out: the model is quantised and written there instead, and the second number is the rise until then.
+    """
+    script = MEASURE if out is None else MEASURE[: MEASURE.index("base = None")] + WRITE
+    command = [sys.executable, "-c", script, str(folder), str(warm), base, str(out)]
     environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment |= {key: os.environ[key] for key in ("LUTHIER_KERNELS_LIBRARY", "LUTHIER_KERNELS") if key in os.environ}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
@@ -99,6 +110,17 @@ def test_quantizing_while_loading_takes_the_quantized_model_and_one_tensor(folde
     assert loaded <= quantized + largest + SLACK_BYTES
     assert used <= quantized + 2 * REST + largest + SLACK_BYTES
     assert used >= 0.9 * (quantized + 2 * REST)
+
+
+@needs_proc
+def test_writing_a_quantized_model_takes_nothing_beside_it(folder: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    if kernels.active().mode != "native":
+        pytest.skip("without the compiled library the reference quantises through wide temporaries")
+    _, used = measure(folder, tiny_llama, "nf4", tmp_path / "nf4")
+    quantized, largest = LINEAR * 4.127 / 8, 2 * INTER * HIDDEN
+    written = sum(file.stat().st_size for file in (tmp_path / "nf4").glob("*.safetensors"))
+    assert written == pytest.approx(quantized + 2 * REST, rel=0.01)
+    assert used <= quantized + 2 * REST + largest + SLACK_BYTES
 
 
 @needs_proc

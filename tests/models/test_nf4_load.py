@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from luthier.errors import AdapterError, ConfigError, ModelError, PreflightError
 from luthier.linear import LowRankEmbedding, LowRankLinear
 from luthier.matrices import DenseMatrix, GGUFMatrix, NF4Matrix
 from luthier.models import load as load_module
+from luthier.models.cache import discard, is_whole, seal
 from luthier.models.load import check_finite, fingerprint, load
 from luthier.models.quantize import quantize
 
@@ -237,12 +239,49 @@ def test_the_cache_is_keyed_by_content_and_mapped_the_second_time(tmp_path: Path
     assert not torch.equal(logits(changed), logits(first))
 
 
-def test_a_damaged_cache_says_what_to_remove(tmp_path: Path, tiny_llama: Path) -> None:
+def _cut_short(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def _flip_a_code(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+
+
+def _forge(file: Path) -> None:
+    """Weights of another model under a seal that fits them."""
+    state = {key: value for key, value in load_file(file).items() if key.startswith("model.layers.0.mlp.up_proj.weight")}
+    save_file({key.replace("up_proj", "no_proj"): value for key, value in state.items()}, file)
+    seal(file.parent)
+
+
+def _forge_garbage(file: Path) -> None:
+    file.write_bytes(b"garbage")
+    seal(file.parent)
+
+
+@pytest.mark.parametrize("damage", [_cut_short, _flip_a_code, Path.unlink, _forge, _forge_garbage])
+def test_a_damaged_cache_is_removed_and_made_again(tmp_path: Path, tiny_llama: Path, damage: Callable[[Path], None]) -> None:
+    options = NF4Options(cache=True)
+    first = load(str(tiny_llama), base="nf4", nf4=options).model
+    (kept,) = (tmp_path / "cache" / "nf4").iterdir()
+    damage(kept / "model.safetensors")
+    loaded = load(str(tiny_llama), base="nf4", nf4=options)
+    assert loaded.notes == [f"The quantized weights kept in {kept} were damaged; they are removed and made again."]
+    assert_same_logits(loaded.model, first, 0.0)
+    again = load(str(tiny_llama), base="nf4", nf4=options)
+    assert again.notes == []
+    assert_same_logits(again.model, first, 0.0)
+
+
+def test_a_file_in_place_of_the_cached_folder_is_removed(tmp_path: Path, tiny_llama: Path) -> None:
     load(str(tiny_llama), base="nf4", nf4=NF4Options(cache=True))
     (kept,) = (tmp_path / "cache" / "nf4").iterdir()
-    (kept / "model.safetensors").write_bytes(b"cut short")
-    with pytest.raises(ModelError, match=rf"damaged\. Remove {kept}, and they are made anew"):
-        load(str(tiny_llama), base="nf4", nf4=NF4Options(cache=True))
+    discard(kept)
+    kept.write_text("garbage")
+    assert "were damaged" in load(str(tiny_llama), base="nf4", nf4=NF4Options(cache=True)).notes[0]
+    assert is_whole(kept)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

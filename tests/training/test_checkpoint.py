@@ -145,6 +145,24 @@ def test_prune_keeps_the_newest(root: Path) -> None:
     assert read(root)[0] == 12
 
 
+def test_what_cannot_be_deleted_or_read_is_said(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (root / ".staging-step-9").mkdir()
+
+    def fail(*_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("shutil.rmtree", fail)
+    for remove in (lambda: prune(root, 1, 6), lambda: remove_staging(root)):
+        with pytest.raises(CheckpointError, match=r"must be deletable; .*Permission denied\. The newest one is whole"):
+            remove()
+    monkeypatch.setattr("luthier.training.checkpoint.sha256_of", fail)
+    with pytest.raises(CheckpointError, match=r"step-6: weights\.safetensors cannot be read \(Permission denied\)"):
+        read(root)
+    monkeypatch.setattr(Path, "iterdir", fail)
+    with pytest.raises(CheckpointError, match=r"checkpoints must be readable; .*Permission denied"):
+        checkpoint_paths(root)
+
+
 def test_prune_drops_what_was_passed_over(root: Path) -> None:
     """A damaged checkpoint of a later step does not count as one of those kept."""
     (root / "step-6" / "state.json").write_text("garbage")
@@ -173,7 +191,7 @@ def test_disk_full_says_how_much_is_needed_and_leaves_the_old(root: Path, monkey
 
 
 @pytest.mark.parametrize("function", ["fsync", "rename"])
-@pytest.mark.parametrize("failing_call", range(8))
+@pytest.mark.parametrize("failing_call", range(9))
 def test_no_failing_call_leaves_a_checkpoint_marked_complete(
     root: Path, monkeypatch: pytest.MonkeyPatch, function: str, failing_call: int
 ) -> None:
@@ -186,7 +204,7 @@ def test_no_failing_call_leaves_a_checkpoint_marked_complete(
         return real(*arguments)
 
     monkeypatch.setattr(os, function, sometimes)
-    used = {"fsync": 7, "rename": 1}[function]
+    used = {"fsync": 8, "rename": 1}[function]
     if failing_call >= used:
         save(root, 9)
         assert next(calls) == used

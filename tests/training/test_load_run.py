@@ -31,6 +31,7 @@ def test_a_run_gives_its_tuned_model(tiny_llama: Path, tmp_path: Path) -> None:
     assert (plain.adapter, plain.run_dir) == (None, None)
     assert torch.equal(logits(plain.model), logits(load(str(tiny_llama)).model))
     assert not torch.allclose(logits(tuned.model), logits(plain.model), atol=1e-3)
+    assert (tuned.notes, plain.notes) == ([], [])
     other = load_target(str(tiny_llama), adapter=str(run / "adapter"))
     assert torch.equal(logits(other.model), logits(tuned.model))
     assert not any(module.training for module in tuned.model.modules())
@@ -42,6 +43,12 @@ def test_a_full_run_gives_its_own_weights(tiny_llama: Path, tmp_path: Path) -> N
     tuned = load_target(str(tmp_path / "run"))
     assert tuned.adapter is None
     assert not torch.allclose(logits(tuned.model), logits(load(str(tiny_llama)).model), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "~nobody-of-that-name/model", "a\0b", "", "no/such/model/here"])
+def test_names_that_lead_nowhere(name: str) -> None:
+    with pytest.raises(ConfigError):
+        load_target(name, offline=True)
 
 
 def test_an_unfinished_run_is_refused(tiny_llama: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tiny_runs import tiny_config, write_rows
 from luthier.adapters import trainable_parameters
 from luthier.config import RunConfig, make_config
 from luthier.data import Example
+from luthier.data.packing import pack_examples
 from luthier.errors import ConfigError, DataError, PreflightError
 from luthier.matrices import MATRICES
 from luthier.training import plan as planning
@@ -22,10 +24,11 @@ from luthier.training.blueprint import read_blueprint, stored_bytes
 from luthier.training.calibrate import ByteCosts, Line, TimeCosts
 from luthier.training.events import Listener
 from luthier.training.footprint import Memory
+from luthier.training.order import Order
 from luthier.training.plan import Cut, Planner, count_trained, plan_run
 from luthier.training.prepare import read_data, read_model
 from luthier.training.sample import sample_matrix, sample_model
-from luthier.training.workload import Workload, workload
+from luthier.training.workload import Row, Workload, workload
 from luthier.units import parse_size
 
 MB = 10**6
@@ -104,19 +107,38 @@ def test_workload_is_what_the_loop_draws() -> None:
     load = workload(make_config({"data": "x", "batch_size": 2, "epochs": 1}), examples)
     assert load.total_steps == 2
     assert [len(step) for step in load.steps] == [2, 1]
-    assert sum(tokens for step in load.steps for tokens, _ in step) == 60
-    assert sum(supervised for step in load.steps for _, supervised in step) == 57
+    assert sum(row.tokens for step in load.steps for row in step) == 60
+    assert sum(row.supervised for step in load.steps for row in step) == 57
     assert load.longest == 30
     assert load.usual_length == round(1400 / 60)
 
 
 def test_packing_keeps_order_and_lets_long_rows_alone() -> None:
-    load = Workload([[(10, 5), (20, 6), (30, 7)], [(25, 1)]], 2, 30)
+    load = Workload([[Row(10, 5), Row(20, 6), Row(30, 7)], [Row(25, 1)]], 2, 30)
     both = load.packing(30)
-    assert (both.largest, both.supervised_largest, both.packs, both.most) == (30, 11, 1.5, 2)
+    assert (both.largest, both.supervised_largest, both.packs, both.most, both.tokens) == (30, 11, 1.5, 2, 42.5)
     assert load.packing(60).largest == 60
     assert load.packing(8).largest == 30
     assert load.truncated(15).packing(1000).largest == 40
+
+
+@pytest.mark.parametrize("max_tokens", [8, 40, 64, 1000])
+def test_shared_beginnings_are_counted_as_the_packer_lays_them(max_tokens: int) -> None:
+    draw = random.Random(3)
+    ids = [[*[7] * draw.choice((0, 3, 9, 20)), *(draw.randrange(50) for _ in range(draw.randrange(2, 12)))] for _ in range(24)]
+    examples = [Example(one, [True] * len(one), [], "", None, "row") for one in ids]
+    config = make_config({"data": "x", "batch_size": 8, "epochs": 1})
+    packing = workload(config, examples, share=True).packing(max_tokens)
+    order = Order(config.seed, 24)
+    steps = [[examples[row] for row in order.row_numbers(first, first + 8)] for first in (0, 8, 16)]
+    packs = [pack_examples(step, max_tokens=max_tokens, share=True) for step in steps]
+    every = [pack for step in packs for pack in step]
+    assert packing.largest == max(pack.tokens for pack in every)
+    assert packing.supervised_largest == max(pack.supervised_tokens for pack in every)
+    assert packing.packs * 3 == len(every)
+    assert packing.tokens * 3 == pytest.approx(sum(pack.tokens for pack in every))
+    if max_tokens == 1000:
+        assert packing.tokens * 3 < sum(map(len, ids))
 
 
 class _Blueprint:
@@ -128,7 +150,7 @@ def planner(allowed_mb: float, length: int = 256, **keys: Any) -> Planner:
     """A model of 100 MB with 4 layers that keep 1 MB for 8 tokens each and 8 kB where recomputed; 50 MB of program."""
     costs = ByteCosts(kept=MB / 8, input=1000, working=MB / 16, recomputing=MB / 4, head=MB)
     memory = Memory(50 * MB, _Blueprint(), costs, 1000, False)  # type: ignore[arg-type]
-    load = Workload([[(length, 200)] * 8], 1, length)
+    load = Workload([[Row(length, 200)] * 8], 1, length)
     return Planner(RunConfig(data="x", **keys), load, memory, int(allowed_mb * MB))
 
 
@@ -173,7 +195,7 @@ def test_figures_add_up() -> None:
     # two packs of 1024 tokens: 4 layers both ways, one of them forward once more
     layers = 2 * (4 * (1.024 + 0.5 + 2.048) + 1.024)
     assert own.seconds_per_step(cut, times) == pytest.approx(layers + 1600 * 1e-3 + 0.25)
-    assert own.flops_per_step(times) == 4 * 4e6 * 2048 + 8e6 * 1600
+    assert own.flops_per_step(cut, times) == 4 * 4e6 * 2048 + 8e6 * 1600
 
 
 def test_memory_is_read_and_refused() -> None:

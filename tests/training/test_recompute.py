@@ -23,7 +23,7 @@ def make_pack() -> Pack:
     starts = torch.tensor([0, 20, 70])
     ids = torch.arange(70) * 7 % 400
     predict = torch.tensor([t for t in range(69) if t != 19])
-    return Pack(ids, starts, predict, ids[predict + 1], [0, 1])
+    return Pack.of_texts(ids, starts, predict)
 
 
 def gradients(model, pack: Pack, recomputed: int) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -12,16 +12,18 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny import write_tiny
 from tiny_runs import Recorder, adapter_hash, numbers, send_at, tiny_config, write_rows
 
 from luthier.config import RunConfig
-from luthier.errors import CheckpointError, Interrupted
+from luthier.errors import CheckpointError, Interrupted, PreflightError
 from luthier.training import checkpoint as checkpoint_module
-from luthier.training import evaluations, prepare
+from luthier.training import evaluations, loop, prepare
 from luthier.training.lock import RunLock
 from luthier.training.run import resume, train
+from luthier.training.run_index import changed_files
 
 pytestmark = pytest.mark.usefixtures("without_plots")
 
@@ -149,12 +151,98 @@ def test_finished_run_has_nothing_to_do(tiny_llama: Path, tmp_path: Path) -> Non
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
     (tmp_path / "run" / "env.json").write_text("{}")
     resume(tmp_path / "run", listener=listener)
-    assert f"{tmp_path / 'run' / 'env.json'} is not as the run wrote it." in listener.notes
+    assert any(note.startswith(f"{tmp_path / 'run' / 'env.json'} is not as the run wrote it. ") for note in listener.notes)
+
+
+def test_a_finished_run_with_a_damaged_manifest(tiny_llama: Path, tmp_path: Path) -> None:
+    """It is still finished; how to write its results again is said, and that works."""
+    train(tiny_config(tiny_llama, tmp_path, steps=1))
+    run, listener = tmp_path / "run", Recorder()
+    before = adapter_hash(run)
+    (run / "MANIFEST.json").write_text("{}")
+    assert resume(run, listener=listener).nothing_to_do
+    assert listener.notes == [
+        f"{run}: MANIFEST.json is damaged: its content does not match its own sha256, so that its files cannot be checked. "
+        f"To write the results again from the last checkpoint, delete {run / 'MANIFEST.json'} and resume the run.",
+        f"{run} is finished; there is nothing to do.",
+    ]
+    (run / "result.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"must be the result of a run; .* delete .*MANIFEST\.json and resume the run"):
+        resume(run)
+    (run / "adapter" / "adapter_model.safetensors").write_text("damaged")
+    (run / "MANIFEST.json").unlink()
+    assert not resume(run).nothing_to_do
+    assert adapter_hash(run) == before
+    assert changed_files(run) == []
+
+
+def test_another_machine_is_noted_and_no_error(tiny_llama: Path, tmp_path: Path, straight: Path) -> None:
+    """What decides the last bits of a result is compared with env.json."""
+    run = begin_and_stop(tiny_llama, tmp_path, 4)
+    environment = json.loads((run / "env.json").read_text())
+    now = environment["threads"], environment["packages"]["torch"]
+    environment["threads"] += 1
+    environment["packages"]["torch"] = "2.9.0"
+    (run / "env.json").write_text(json.dumps(environment))
+    listener = Recorder()
+    resume(run, listener=listener)
+    note = (
+        f"the run goes on under other conditions than it began under (threads {now[0] + 1} then, {now[0]} now; "
+        f"torch 2.9.0 then, {now[1]} now): its result may differ in the last bits from that of a run never interrupted."
+    )
+    assert note in listener.notes
+    assert note in json.loads((run / "notes.json").read_text())
+    assert note in (run / "report.html").read_text()
+    assert adapter_hash(run) == adapter_hash(straight)
+
+
+def test_the_same_machine_is_not_noted(tiny_llama: Path, tmp_path: Path) -> None:
+    run = begin_and_stop(tiny_llama, tmp_path, 4)
+    listener = Recorder()
+    resume(run, listener=listener)
+    assert not any("other conditions" in note for note in listener.notes)
+
+
+def test_lost_metrics_are_said(tiny_llama: Path, tmp_path: Path, straight: Path) -> None:
+    """Without the record of the first evaluation the run still goes on to the same weights."""
+    run = begin_and_stop(tiny_llama, tmp_path, 5)
+    (run / "metrics.jsonl").unlink()
+    listener = Recorder()
+    result = resume(run, listener=listener)
+    assert "metrics.jsonl has lost the evaluation before training; the result has none." in listener.notes
+    assert result.eval is not None
+    assert result.eval["before"] == {}
+    assert result.eval["after"]["loss"] > 0
+    assert adapter_hash(run) == adapter_hash(straight)
+
+
+def test_out_of_memory_in_a_resumed_run_says_what_can_be_done_there(
+    tiny_llama: Path, tmp_path: Path, straight: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Case 27: the advice is followed to the letter, and the result stays the same."""
+    run = begin_and_stop(tiny_llama, tmp_path, 4)
+    monkeypatch.setattr(loop, "supervised_loss", lambda *_: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(PreflightError) as caught:
+        resume(run)
+    monkeypatch.undo()
+    file = run / "config.resolved.yaml"
+    assert f"Close other programs, then resume it again. Or set `recompute_layers: 2` in {file}: slower" in str(caught.value)
+    file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), "recompute_layers": 2}))
+    resume(run)
+    assert adapter_hash(run) == adapter_hash(straight)
+
+
+def test_a_resumed_run_that_does_not_fit_says_what_can_be_done_there(tiny_llama: Path, tmp_path: Path) -> None:
+    run = begin_and_stop(tiny_llama, tmp_path, 4)
+    file = run / "config.resolved.yaml"
+    file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), "memory": "1MB"}))
+    with pytest.raises(PreflightError, match=r"\nThat is for a new run\. To go on with this one, close other programs"):
+        resume(run)
 
 
 def test_killed_while_the_results_are_written(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run is finished only when its manifest is there; until then resuming writes the results again."""
-    monkeypatch.setattr("luthier.training.run.write_report", lambda _: (_ for _ in ()).throw(OSError(errno.EIO, "bad disk")))
+    monkeypatch.setattr("luthier.training.finish.write_report", lambda _: (_ for _ in ()).throw(OSError(errno.EIO, "bad disk")))
     with pytest.raises(CheckpointError, match="must reach the disk"):
         train(tiny_config(tiny_llama, tmp_path, steps=2))
     monkeypatch.undo()
@@ -242,6 +330,21 @@ def test_disk_full_in_the_middle(tiny_llama: Path, tmp_path: Path, straight: Pat
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-0", "step-3"]
     resume(tmp_path / "run")
     assert adapter_hash(tmp_path / "run") == adapter_hash(straight)
+
+
+@pytest.mark.parametrize("keys", [{}, {"method": "full", "rank": 16, "alpha": 32, "learning_rate": 1e-3}])
+def test_disk_full_at_the_end(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any]) -> None:
+    """Case 10 while the weights are written: safetensors has an error of its own for that."""
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("luthier.adapters.peft_format.save_file", full)
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    with pytest.raises(CheckpointError, match=r"the disk is full .* go on with `luthier resume`"):
+        train(tiny_config(tiny_llama, tmp_path, steps=1, **keys))
+    monkeypatch.undo()
+    assert resume(tmp_path / "run").steps == 1
 
 
 def test_full_training_resumes_bit_exactly(tiny_llama: Path, tmp_path: Path) -> None:

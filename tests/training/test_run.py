@@ -17,10 +17,12 @@ from transformers import AutoModelForCausalLM
 
 from luthier.config import make_config
 from luthier.errors import ConfigError, DataError, NumericError, PreflightError
-from luthier.training import loop, prepare, rundir
+from luthier.models import packed
+from luthier.training import loop, prepare
 from luthier.training.checkpoint import read_newest
 from luthier.training.optimizer import Optimizer
 from luthier.training.run import train
+from luthier.training.run_index import changed_files
 
 pytestmark = pytest.mark.usefixtures("without_plots")
 
@@ -48,7 +50,7 @@ def test_a_run_learns_and_leaves_its_directory(tiny_llama: Path, tmp_path: Path,
     assert result.steps == 35
     assert result.tokens / result.seconds == pytest.approx(result.tokens_per_second)
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-33", "step-35"]
-    assert rundir.changed_files(run) == []
+    assert changed_files(run) == []
     assert listener.finished
     assert listener.info["total_steps"] == 35
     assert not any(b"hf_secret" in path.read_bytes() for path in run.rglob("*") if path.is_file())
@@ -208,6 +210,42 @@ def test_cheap_checks_come_before_the_model(tiny_llama: Path, tmp_path: Path, mo
     assert not (tmp_path / "run").exists()
 
 
+def test_out_of_memory_while_loading(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Case 27, before there is a job."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr(prepare, "load", fail)
+    with pytest.raises(PreflightError, match=r"memory ran out while .* was loaded; .* were in use\. Close other programs"):
+        train(tiny_config(tiny_llama, tmp_path))
+    assert not (tmp_path / "run").exists()
+
+
+def test_ways_that_are_slower_are_noted_once_and_in_the_report(tiny_llama: Path, tmp_path: Path) -> None:
+    """Terms with a magnitude (DoRA) keep the halves from being one operation each."""
+    listener = Recorder()
+    train(tiny_config(tiny_llama, tmp_path, variant="dora", steps=3), listener=listener)
+    notes = [note for note in listener.notes if "half layers are composed of parts" in note or "Transformers' modules" in note]
+    assert len(notes) == 1
+    assert json.loads((tmp_path / "run" / "notes.json").read_text()) == notes
+    assert notes[0].split(":")[0] in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_packing_and_head_that_are_not_known_are_noted(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed, "_measure", lambda _: packed._Facts("one document changes the next", None))
+    listener = Recorder()
+    train(tiny_config(tiny_llama, tmp_path, steps=2), listener=listener)
+    kept = json.loads((tmp_path / "run" / "notes.json").read_text())
+    assert sorted(kept) == [
+        "llama cannot be packed (one document changes the next); its documents run one by one.",
+        "the head of LlamaForCausalLM is not one that is known; all logits of a pack are computed at once.",
+    ]
+    assert all(listener.notes.count(note) == 1 for note in kept)
+
+
 def test_ctrl_c_while_loading_leaves_no_directory(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -261,7 +299,7 @@ def test_nan_loss_stops_before_the_weights(tiny_llama: Path, tmp_path: Path, mon
     real = loop.supervised_loss
     calls = iter(range(100))
     monkeypatch.setattr(
-        loop, "supervised_loss", lambda model, pack: real(model, pack) * (float("nan") if next(calls) == 4 else 1)
+        loop, "supervised_loss", lambda *arguments: real(*arguments) * (float("nan") if next(calls) == 4 else 1)
     )
     with pytest.raises(NumericError) as caught:
         train(tiny_config(tiny_llama, tmp_path))
@@ -329,7 +367,7 @@ def test_out_of_memory_in_a_step(tiny_llama: Path, tmp_path: Path, monkeypatch: 
     """Case 27."""
     monkeypatch.setattr(loop, "supervised_loss", lambda *_: torch.empty(1 << 60))
     with pytest.raises(
-        PreflightError, match=r"memory ran out with packs of 2048 tokens; .* Try --set micro_batch_tokens=1024\."
+        PreflightError, match=r"memory ran out with packs of 2048 tokens; .* Try --set micro_batch_tokens=1024, with"
     ):
         train(tiny_config(tiny_llama, tmp_path))
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from luthier.adapters.attachment import disabled
 from luthier.adapters.targets import low_rank_layers
-from luthier.errors import AdapterError
+from luthier.errors import AdapterError, one_line
+from luthier.strict_json import read_json
 
 BASE_FILE = "luthier_base.json"
 SAMPLED_VALUES = 512
@@ -41,24 +42,23 @@ class Comparison:
     note: str | None = None
 
 
-def compare_base(model: nn.Module, folder: Path) -> Comparison:
+def compare_base(model: nn.Module, folder: Path) -> Comparison | None:
     """Whether the adapter in `folder` was made on the base that `model` is.
 
     Weights may differ by what rounding to 16 bits does; where one of the two is stored in fewer bits than the other, by
-    what rounding to these does, which is worth a note. An adapter of another program has no record, and nothing is known then.
+    what rounding to these does, which is worth a note. An adapter of another program has no record: None, nothing is known.
     Raises AdapterError if the record is damaged.
     """
     path = folder / BASE_FILE
-    if not path.is_file():
-        return Comparison()
+    if not path.exists():
+        return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         name = record["name"]
         before = _Sample.of(record["matrices"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-        raise AdapterError(
-            f"{path} must be as it was saved; {type(error).__name__}: {error}. Copy the adapter again."
-        ) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+        reason = one_line(f"{type(error).__name__}: {error}")
+        raise AdapterError(f"{path} must be as it was saved; {reason}. Copy the adapter again.") from error
     now = _Sample.of(_sample(model))
     made_on = f" It was made on {name!r}." if name else ""
     if before.shapes.keys() != now.shapes.keys():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from luthier import disk
 from luthier.errors import AdapterError
 
 
@@ -19,32 +20,22 @@ from luthier.errors import AdapterError
 def staged_folder(target: Path, replaceable: frozenset[str], kept: frozenset[str] = frozenset()) -> Iterator[Path]:
     """A new folder to write into, that takes the place of `target` when the block ends without an error.
 
-    It stands beside `target`; its files are flushed to the disk before it is renamed. If `target` exists it may hold
-    only files named in `replaceable` or `kept`; those in `kept` go over into the new folder. Swapping the two takes two
-    renames: a process killed between them leaves the earlier save beside `target`, and `recover` puts it back.
+    If `target` exists it may hold only files named in `replaceable` or `kept`; those in `kept` go over into the new
+    folder. Swapping the two takes two renames: a process killed between them leaves the earlier save beside `target`,
+    and `recover` puts it back.
     Raises AdapterError if `target` holds anything else or cannot be written.
     """
     target = target.resolve()
     recover(target)
     _check_target(target, replaceable | kept)
-    stage = _beside(target, "tmp")
     try:
-        stage.mkdir(parents=True)
-    except OSError as error:
-        raise AdapterError(f"{target} must be writable; {error}. Choose another folder.") from error
-    try:
-        yield stage
-        for name in kept:
-            if (target / name).is_file() and not (stage / name).exists():
-                shutil.copy2(target / name, stage / name)
-        for file in stage.iterdir():
-            _flush(file)
-        _flush(stage)
-        _publish(stage, target)
+        with disk.staged_folder(target, _swap) as stage:
+            yield stage
+            for name in kept:
+                if (target / name).is_file() and not (stage / name).exists():
+                    shutil.copy2(target / name, stage / name)
     except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
         raise AdapterError(f"{target} could not be written; {error}. Free some space or choose another folder.") from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
 
 
 def recover(target: Path) -> None:
@@ -55,7 +46,7 @@ def recover(target: Path) -> None:
     earlier = [path for path in target.parent.glob(f".{glob.escape(target.name)}.*.old") if path.is_dir()]
     if earlier:
         os.replace(max(earlier, key=lambda path: path.stat().st_mtime_ns), target)
-        _flush(target.parent)
+        disk.flush(target.parent)
 
 
 def _check_target(target: Path, replaceable: frozenset[str]) -> None:
@@ -70,28 +61,16 @@ def _check_target(target: Path, replaceable: frozenset[str]) -> None:
         raise AdapterError(f"a folder to save in must be new or a folder; {target} is a file.")
 
 
-def _publish(stage: Path, target: Path) -> None:
-    if target.is_dir():
-        old = _beside(target, "old")
-        os.replace(target, old)
-        try:
-            os.replace(stage, target)
-        except OSError:
-            os.replace(old, target)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    else:
+def _swap(stage: Path, target: Path) -> None:
+    """Give `stage` the name of `target`; what stands there goes away when that is done, and stays when it fails."""
+    if not target.is_dir():
         os.replace(stage, target)
-    _flush(target.parent)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+        return
+    old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
+    os.replace(target, old)
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _beside(target: Path, ending: str) -> Path:
-    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.{ending}")
+        os.replace(stage, target)
+    except OSError:
+        os.replace(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

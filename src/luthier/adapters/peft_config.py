@@ -5,7 +5,6 @@ Field names and matching rules are those of PEFT 0.18 and later.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ from torch import nn
 from luthier.adapters.registry import Attached
 from luthier.adapters.spec import ALL_LINEAR, AdapterSpec, matches, regex_error
 from luthier.adapters.targets import all_linear, is_inside, low_rank_layers, module_names, named_by, shortest_names, tied_to
-from luthier.errors import AdapterError, bulleted
+from luthier.errors import AdapterError, bulleted, one_line
 from luthier.linear import LowRankEmbedding
+from luthier.strict_json import read_json
 
 CONFIG_FILE = "adapter_config.json"
 WRITTEN_FOR_PEFT = "0.18.0"
@@ -85,9 +85,9 @@ def read_config(folder: Path) -> PeftConfig:
     """
     path = folder / CONFIG_FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} must be readable JSON; {error}. Copy the adapter again.") from error
+        content = read_json(path)
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path} must be readable JSON; {one_line(error)}. Copy the adapter again.") from error
     if not isinstance(content, dict):
         raise AdapterError(f"{path} must hold one JSON object; it holds a {type(content).__name__}. Copy the adapter again.")
     problems = [*_unsupported(content), *_wrong_types(content)]

@@ -30,8 +30,8 @@ from luthier.adapters.peft_config import CONFIG_FILE, PeftConfig, config_fields,
 from luthier.adapters.registry import PREFIX, Attached, AttachReport, pick
 from luthier.adapters.spec import AdapterSpec
 from luthier.adapters.state import adapter_state, check_finite_tensors, misfits
-from luthier.adapters.targets import Layer, check_patterns, low_rank_layers
-from luthier.errors import AdapterError, bulleted
+from luthier.adapters.targets import Layer, inert_patterns, low_rank_layers
+from luthier.errors import AdapterError, bulleted, one_line
 from luthier.linear import LowRankEmbedding, LowRankTerm
 from luthier.matrices import DenseMatrix
 
@@ -77,18 +77,18 @@ def load_adapter(
 
     trainable: whether it is trained further or stays as it is. other_base=True loads an adapter whose record or saved
     embedding shows another base as long as all shapes fit, and says so in a note.
+    The report's notes say what has no effect, and what could not be checked where the adapter brings no record of its base.
     Raises AdapterError for files that are missing or damaged, for what cannot be expressed, naming it, for tensors that
     are missing, too many or misshapen, all at once, and for an adapter of another base; NumericError for NaN or Inf.
     """
     folder = Path(folder)
     check_attachable(model, name)
-    recover(folder)
     _check_files(folder)
     config = read_config(folder)
     state = _read_tensors(folder / WEIGHTS_FILE)
     saved_names = find_saved(model, config)
     targets = find_targets(model, config, saved_names)
-    check_patterns(config.spec, targets)
+    inert = inert_patterns(config.spec, targets)
     tied = config.spec.ensure_weight_tying
     if trainable and tied and targets and not saved_names:
         raise AdapterError(
@@ -96,9 +96,13 @@ def load_adapter(
         )
     saved = copy_modules(model, saved_names, tied=tied)
     notes = list(config.notes)
+    notes += [
+        f"{CONFIG_FILE}: {label} {pattern[:80]!r} matches none of the adapter's layers and has no effect."
+        for label, pattern in inert
+    ]
     notes += _check_fit(model, folder, config, targets, saved_names, state, other_base)
     check_finite_tensors(state, f"{folder / WEIGHTS_FILE}")
-    adapter = Attached(name, _resolved(config.spec, targets, saved_names), targets)
+    adapter = Attached(name, _resolved(config.spec, targets, saved_names, inert), targets)
     notes += [] if tied else untying_notes(model, saved_names)
     layers = low_rank_layers(model)
     terms = {target: _read_term(layers[target], adapter.spec, target, state) for target in targets}
@@ -113,14 +117,22 @@ def load_adapter(
 
 
 def _check_files(folder: Path) -> None:
-    if (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file():
+    try:
+        recover(folder)
+        present = {file for file in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE) if (folder / file).is_file()}
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise AdapterError(
+            f"an adapter is a folder that can be read; {str(folder)[:200]!r}: {reason}. Check the path."
+        ) from error
+    if {CONFIG_FILE, WEIGHTS_FILE} <= present:
         return
-    if (folder / PICKLE_FILE).is_file() and not (folder / WEIGHTS_FILE).is_file():
+    if PICKLE_FILE in present and WEIGHTS_FILE not in present:
         raise AdapterError(
             f"adapter weights must be in {WEIGHTS_FILE}; {folder} holds {PICKLE_FILE}, a pickle, which could run code and is "
             "never opened. Convert it where you trust it: load it in PEFT and call save_pretrained."
         )
-    missing = [file for file in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / file).is_file()]
+    missing = [file for file in (CONFIG_FILE, WEIGHTS_FILE) if file not in present]
     raise AdapterError(
         f"an adapter is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}; "
         f"{folder} has no {' and no '.join(missing)}. Check the path."
@@ -132,7 +144,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path} must be a whole safetensors file; {error}. Copy the adapter again.") from error
+        raise AdapterError(f"{path} must be a whole safetensors file; {one_line(error)}. Copy the adapter again.") from error
     odd = [
         f"{key} is {str(tensor.dtype).removeprefix('torch.')}" for key, tensor in state.items() if tensor.dtype not in DTYPES
     ]
@@ -173,15 +185,28 @@ def _check_fit(
             f"the adapter must fit the model; {folder}:\n{bulleted(problems)}\nLoad the base model it was made on.{made_on}"
         )
     comparison = compare_base(model, folder)
-    different = comparison.problem or (None if comparison.note else _different_weight(layers, base_weights))
+    note = _unchecked(config, base_weights) if comparison is None else comparison.note
+    different = comparison.problem if comparison else None
+    if different is None and (comparison is None or comparison.note is None):
+        different = _different_weight(layers, base_weights)
     if different is None:
-        return [comparison.note] if comparison.note else []
+        return [note] if note else []
     if not other_base:
         raise AdapterError(
             f"an adapter works on the base model it was made on; {folder}: {different} "
             "Load that model, or pass other_base=True if you mean it."
         )
     return [f"The adapter was made on another base: {different}"]
+
+
+def _unchecked(config: PeftConfig, base_weights: dict[str, Tensor]) -> str:
+    """What cannot be known of an adapter that brings no record of its base."""
+    made_on = f", {config.base_name!r}," if config.base_name else ""
+    embedding = f", and the embedding saved with it ({', '.join(base_weights)})" if base_weights else ""
+    return (
+        f"The adapter brings no {BASE_FILE}: names and shapes fit{embedding}; that this is the base it was trained on{made_on} "
+        "cannot be checked."
+    )
 
 
 def _different_weight(layers: dict[str, Layer], base_weights: dict[str, Tensor]) -> str | None:
@@ -219,10 +244,18 @@ def _read_term(layer: Layer, spec: AdapterSpec, name: str, state: dict[str, Tens
     return make_term(layer, spec, name, state[f"{prefix}.lora_A.weight"], state[f"{prefix}.lora_B.weight"], magnitude, bias)
 
 
-def _resolved(spec: AdapterSpec, targets: list[str], saved: list[str]) -> AdapterSpec:
-    """The settings with whole module names in place of what matched them; weights tied in trained modules stay tied."""
+def _resolved(spec: AdapterSpec, targets: list[str], saved: list[str], inert: list[tuple[str, str]]) -> AdapterSpec:
+    """The settings with whole module names in place of what matched them, without patterns that match nothing.
+
+    Weights tied in trained modules stay tied.
+    """
     return dataclasses.replace(
-        spec, targets=targets, modules_to_save=saved, ensure_weight_tying=spec.ensure_weight_tying and bool(saved)
+        spec,
+        targets=targets,
+        rank_pattern={key: rank for key, rank in spec.rank_pattern.items() if ("rank_pattern", key) not in inert},
+        alpha_pattern={key: alpha for key, alpha in spec.alpha_pattern.items() if ("alpha_pattern", key) not in inert},
+        modules_to_save=saved,
+        ensure_weight_tying=spec.ensure_weight_tying and bool(saved),
     )
 
 

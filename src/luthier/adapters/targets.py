@@ -108,13 +108,23 @@ def tied_to(model: nn.Module) -> dict[str, list[str]]:
 
 def check_patterns(spec: AdapterSpec, targets: Sequence[str]) -> None:
     """Raise AdapterError naming every entry of rank_pattern and alpha_pattern that matches none of the targets."""
-    problems = []
-    for label, patterns in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):
-        for pattern in patterns:
-            if not any(pattern_fits(pattern, name) for name in targets):
-                problems.append(f"{label}: {pattern!r} matches nothing.{nearest(pattern, _leaves(targets))}")
+    problems = [
+        f"{label}: {pattern!r} matches nothing.{nearest(pattern, _leaves(targets))}"
+        for label, pattern in inert_patterns(spec, targets)
+    ]
     if problems:
         raise AdapterError(f"every pattern must match a target:\n{bulleted(problems)}\n{_candidates(targets)}")
+
+
+def inert_patterns(spec: AdapterSpec, targets: Sequence[str]) -> list[tuple[str, str]]:
+    """The entries of rank_pattern and alpha_pattern that match none of the targets: (`rank_pattern`, its key) and so on."""
+    labelled = (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern))
+    return [
+        (label, pattern)
+        for label, patterns in labelled
+        for pattern in patterns
+        if not any(pattern_fits(pattern, name) for name in targets)
+    ]
 
 
 def _unmatched_regex(pattern: str, free: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from luthier.cli import flags
-from luthier.cli.evaluate import Adapter, Target, parse_storage
+from luthier.cli.evaluate import Adapter, Target, parse_storage, show_notes
 from luthier.errors import DataError
 from luthier.units import visible
 
@@ -44,6 +44,7 @@ def chat(
         from luthier.training.load_run import load_target
 
         loaded = load_target(target, adapter=adapter, base=storage, offline=offline, progress=progress)
+    show_notes(loaded.notes)
     conversation = Conversation(
         loaded.model, loaded.tokenizer, system=system, temperature=temperature, top_p=top_p,
         max_new_tokens=max_new_tokens, seed=seed,

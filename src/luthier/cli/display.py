@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 from luthier.cli.panel import Dashboard, RunView, Stage, metrics_text, stage_line
+from luthier.progress import Progress
 from luthier.training.events import Listener
 from luthier.units import clock_text, count_text, duration_text, number_text, percent_text, size_text, visible
 
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from rich.live import Live
 
     from luthier.training.result import RunResult
-
-Progress = Callable[[str, int, int], None]
 
 REFRESHES_PER_SECOND = 3
 LINES_PER_RUN = 25

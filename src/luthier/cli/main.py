@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 import traceback
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
 import luthier
-from luthier.cli import chat, data, doctor, evaluate, plan, quantize, runs, train
+from luthier.cli import chat, data, doctor, evaluate, export, plan, quantize, runs, train
 from luthier.errors import LuthierError
 
 INTERNAL_ERROR = 1
@@ -37,7 +39,7 @@ def _global(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; goes anywhere on the line.")] = False,
 ) -> None:
-    """Read by `run` before typer sees the line; declared here so that --help lists them."""
+    """--debug is heard by `run`, here and on every command; see `_accept_debug`."""
 
 
 app.command("train")(train.train)
@@ -45,24 +47,44 @@ app.command("resume")(train.resume)
 app.command("plan")(plan.plan)
 app.command("eval")(evaluate.evaluate)
 app.command("chat")(chat.chat)
+app.command("export")(export.export)
 app.command("quantize")(quantize.quantize)
 app.command("doctor")(doctor.doctor)
 app.add_typer(runs.app, name="runs")
 app.add_typer(data.app, name="data")
 
 
+def _accept_debug(program: Any, hear: Callable[[Any, Any, bool], None]) -> None:
+    """Let every command take the program's --debug, unlisted, so that it goes anywhere where no option's value stands."""
+    (option,) = (one for one in program.params if "--debug" in one.opts)
+    option.callback, option.expose_value, option.is_eager = hear, False, True
+    hidden = copy.copy(option)
+    hidden.hidden = True
+    below = list(program.commands.values())
+    while below:
+        command = below.pop()
+        command.params.append(hidden)
+        below += getattr(command, "commands", {}).values()
+
+
 def run(arguments: list[str] | None = None) -> None:
     """Entry point of the `luthier` command. Ends the process with the exit code that fits what happened.
 
-    0 done, 2 usage or configuration, 3 will not fit or failed preflight, 4 data, 5 numeric, 130 interrupted;
+    0 done, 2 usage or configuration, 3 will not fit or failed preflight, 4 data, 5 numeric, 6 a guarded set got worse than
+    its bound allows, 130 interrupted;
     1 only for a fault of Luthier's own.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in arguments or os.environ.get("LUTHIER_DEBUG", "") not in ("", "0")
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    debug = os.environ.get("LUTHIER_DEBUG", "") not in ("", "0")
+
+    def hear_debug(_context: Any, _option: Any, given: bool) -> None:
+        nonlocal debug
+        debug = debug or given
+
+    command = typer.main.get_command(app)
+    _accept_debug(command, hear_debug)
     caught: BaseException
     try:
-        app(arguments, prog_name="luthier")
+        command(sys.argv[1:] if arguments is None else arguments, prog_name="luthier")
     except LuthierError as error:
         code, message, caught = error.exit_code, str(error), error
     except KeyboardInterrupt as error:

@@ -22,7 +22,7 @@ WIDEST = 100
 NARROW = 56
 LABELS = {"loss": "loss", "perplexity": "perplexity", "exact_match": "exact match"}
 # Keys of an evaluation record that are not metrics of the model.
-NOT_METRICS = frozenset({"kind", "step", "epoch", "rows", "seconds", "tokens", "supervised_tokens"})
+NOT_METRICS = frozenset({"kind", "step", "epoch", "rows", "seconds", "tokens", "computed_tokens", "supervised_tokens"})
 
 
 @dataclass

@@ -33,20 +33,25 @@ def print_plan(plan: Plan) -> None:
 
 def _memory_rows(plan: Plan) -> list[Row]:
     parts = plan.footprint
-    layers = "all layers kept"
-    if plan.recompute_layers:
-        layers = f"{plan.layers - plan.recompute_layers} of {plan.layers} layers kept, {plan.recompute_layers} computed again"
     rows = [
         ("program", parts.runtime_bytes, "Python, libraries, tokenizer, data, kernel scratch"),
         ("base weights", parts.base_bytes, f"{count_text(plan.total_parameters)} parameters, stored in {plan.storage}"),
         ("adapter", parts.adapter_bytes, f"{count_text(plan.trainable_parameters)} trainable parameters"),
         ("gradients", parts.gradient_bytes, ""),
         ("optimiser", parts.optimizer_bytes, "two moments"),
-        ("activations", parts.activation_bytes, f"packs of up to {plan.micro_batch_tokens} tokens, {layers}"),
+        ("activations", parts.activation_bytes, f"packs of up to {plan.micro_batch_tokens} tokens, {_layers_text(plan)}"),
         ("head and loss", parts.head_bytes, "one chunk of logits"),
     ]
     shown = [(label, size_text(size_bytes), remark) for label, size_bytes, remark in rows]
     return [*shown, ("most at once", size_text(plan.peak_bytes), _peak_remark(plan))]
+
+
+def _layers_text(plan: Plan) -> str:
+    kept = plan.layers - plan.frozen_layers - plan.recompute_layers
+    text = "all layers kept" if kept == plan.layers else f"{kept} of {plan.layers} layers kept"
+    if plan.recompute_layers:
+        text += f", {plan.recompute_layers} computed again"
+    return text + (f", {plan.frozen_layers} frozen" if plan.frozen_layers else "")
 
 
 def _peak_remark(plan: Plan) -> str:
@@ -60,8 +65,13 @@ def _other_rows(plan: Plan) -> list[Row]:
     speed = ""
     if plan.peak_flops and plan.efficiency is not None:
         speed = f"{percent_text(round(plan.efficiency, 2))} of this machine's {plan.peak_flops / 1e9:,.0f} GFLOP/s"
+    kept = []
+    if plan.frozen_cache_bytes:
+        remark = f"of that; saves {percent_text(plan.frozen_share)} of a step, made in {duration_text(plan.frozen_seconds)}"
+        kept.append(("frozen cache", size_text(plan.frozen_cache_bytes), remark))
     return [
         ("a step", duration_text(plan.seconds_per_step), f"{count_text(plan.tokens_per_step)} tokens; {speed}".rstrip("; ")),
         ("the run", duration_text(plan.seconds), f"{count_text(plan.total_steps)} steps, without evaluation"),
         ("disk", size_text(plan.disk_bytes), f"{size_text(plan.disk_free_bytes)} free"),
+        *kept,
     ]

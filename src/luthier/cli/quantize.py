@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from luthier.cli import flags
+from luthier.cli.evaluate import show_notes
 from luthier.errors import ConfigError, nearest
 
 FORMATS = ("nf4",)
@@ -39,6 +40,7 @@ def quantize(
 
         options = NF4Options(double_quant=not no_double_quant, skip_modules=tuple(flags.split_names(skip_modules)))
         report = quantize_model(model, out, nf4=options, offline=offline, progress=progress)
+    show_notes(report.notes)
     if as_json:
         typer.echo(json.dumps(asdict(report)))
         return

@@ -18,7 +18,7 @@ Root = Annotated[Path, typer.Option("--root", help="Folder that holds run direct
 @app.command("ls")
 def list_(root: Root = Path("runs"), as_json: flags.Json = False) -> None:
     """List the runs below a folder, newest first."""
-    from luthier.training.rundir import list_runs
+    from luthier.training.run_index import list_runs
 
     summaries = list_runs(root)
     if as_json:
@@ -35,7 +35,7 @@ def show(
     as_json: flags.Json = False,
 ) -> None:
     """Show what a run was asked to do and how it ended."""
-    from luthier.training.rundir import read_run
+    from luthier.training.run_index import read_run
 
     summary = read_run(run_dir)
     if as_json:

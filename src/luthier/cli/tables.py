@@ -12,16 +12,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from luthier.units import count_text, duration_text, metric_text, number_text, percent_text, shortened, size_text, visible
+from luthier.evaluation.measures import COUNTS, TITLES, amount_text, figure_text
+from luthier.units import count_text, duration_text, number_text, percent_text, shortened, size_text, visible
 
 if TYPE_CHECKING:
     from luthier.data.check import DataReport
-    from luthier.evaluation.evaluate import EvalResult
     from luthier.training.result import RunResult
 
 PLAIN_WIDTH = 1000  # nothing is cut or folded where a program may read it
 SAMPLE_CHARACTERS = 400
-LABELS = {"loss": "loss", "perplexity": "perplexity", "exact_match": "exact match", "tokens": "supervised tokens"}
 
 
 def stdout_console() -> Console:
@@ -77,22 +76,6 @@ def _print_samples(console: Console, samples: Sequence[Mapping[str, Any]]) -> No
         console.print()
 
 
-def print_eval(result: EvalResult, base: EvalResult | None) -> None:
-    """The metrics of one evaluation, beside the base's and their difference where there is one."""
-    console = stdout_console()
-    if base is None:
-        table = _key_values()
-        for name, value in result.metrics.items():
-            table.add_row(LABELS.get(name, name), _metric(name, value))
-        console.print(table)
-    else:
-        console.print(_comparison((f"{count_text(result.rows)} rows", "base", "tuned"), base.metrics, result.metrics))
-    for note in result.notes:
-        console.print(Text(f"note: {visible(note)}"))
-    if base is None:
-        console.print(Text(f"{count_text(result.rows)} rows"))
-
-
 def _comparison(titles: tuple[str, str, str], before: Mapping[str, float], after: Mapping[str, float]) -> Table:
     """One row a metric: its value on either side, and the difference."""
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
@@ -101,19 +84,10 @@ def _comparison(titles: tuple[str, str, str], before: Mapping[str, float], after
         table.add_column(title, justify="right")
     for name in dict.fromkeys((*before, *after)):
         first, second = before.get(name), after.get(name)
-        change = "" if name == "tokens" or first is None or second is None else _change(name, second - first)
-        table.add_row(LABELS.get(name, name), _metric(name, first), _metric(name, second), change)
+        compared = name not in COUNTS and first is not None and second is not None
+        change = amount_text(name, second - first, signed=True) if compared else ""  # type: ignore[operator]
+        table.add_row(TITLES.get(name, name), figure_text(name, first), figure_text(name, second), change)
     return table
-
-
-def _metric(name: str, value: float | None) -> str:
-    return count_text(value) if name == "tokens" and value is not None else metric_text(name, value)
-
-
-def _change(name: str, difference: float) -> str:
-    if name == "exact_match":
-        return f"{100 * difference:+.1f} points"
-    return f"{difference:+.4f}"
 
 
 def print_data_check(report: DataReport) -> None:

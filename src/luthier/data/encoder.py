@@ -7,6 +7,7 @@ renamed with them. What people typed is tokenized as the plain text it is.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ class Encoded:
 
 
 class Encoder:
-    """The tokenizer of a model, made safe for text of strangers.
+    """The tokenizer of a model, made safe for text of strangers. sha256: of what it makes of any text.
 
     Raises DataError if the tokenizer is not a fast one, which alone know where in the text a token stands.
     """
@@ -44,6 +45,7 @@ class Encoder:
                 "training needs a fast tokenizer (tokenizer.json); this model has none. Save it with AutoTokenizer first."
             )
         state = json.loads(backend.to_str())
+        self.sha256 = _sha256_of(state)
         special = set(tokenizer.all_special_tokens) | {token["content"] for token in state["added_tokens"] if token["special"]}
         self.control_tokens = sorted(special, key=len, reverse=True)
         self._index = {token: chr(_FIRST_INDEX + number) for number, token in enumerate(self.control_tokens)}
@@ -140,6 +142,12 @@ class Encoder:
         joined = self._tokenizer.encode("\nx", add_special_tokens=False).ids
         apart = self._tokenizer.encode(f"\n{BOUNDARY}x", add_special_tokens=False).ids
         return [token for token in apart if token != self._boundary_id] == joined
+
+
+def _sha256_of(state: dict) -> str:
+    """Of everything in tokenizer.json that decides the tokens of a text; padding and truncation are set by callers."""
+    lasting = state | {"truncation": None, "padding": None}
+    return hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()
 
 
 def _renamed(state: dict, index: dict[str, str]) -> tuple[Tokenizer, dict[int, int]]:

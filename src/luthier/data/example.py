@@ -34,7 +34,7 @@ class Example:
 class Dataset:
     """The examples of one file, in its order, and the manifest that says where they came from and what was left out.
 
-    manifest: path, sha256, form, rows, kept, dropped, truncated, tokens, supervised_tokens, longest, notes.
+    manifest: path, sha256, form, rows, kept, dropped, truncated, tokens, supervised_tokens, longest, notes, cache.
     """
 
     examples: list[Example]

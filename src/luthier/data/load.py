@@ -8,9 +8,11 @@ from typing import Any, Literal
 
 from luthier.data.example import Dataset, Example
 from luthier.data.forms import RowError, form_of
-from luthier.data.problems import Problems
-from luthier.data.read import open_source, read_rows
+from luthier.data.problems import Problems, note_text
+from luthier.data.read import Source, open_source, read_rows
 from luthier.data.render import BATCH_ROWS, Renderer
+from luthier.data.row_cache import RowCache, row_key
+from luthier.data.row_file import RowFile
 
 OnLong = Literal["error", "drop", "truncate"]
 _BATCH_CHARACTERS = 4 * 2**20
@@ -29,14 +31,33 @@ class Lengths:
     unsupervised: list[str] = field(default_factory=list)
 
 
-def load_examples(data: str, renderer: Renderer, *, on_long: OnLong = "error", offline: bool = False) -> Dataset:
+def load_examples(
+    data: str, renderer: Renderer, *, on_long: OnLong = "error", offline: bool = False, cache: RowCache | None = None
+) -> Dataset:
     """Read, render and tokenize all rows of a JSONL, JSON, CSV or Parquet file, or of a hub data set.
 
     Rows longer than renderer.max_length are an error, are dropped, or are truncated, as `on_long` says; a truncated row
     that has nothing left to learn is dropped. The manifest counts both.
+    cache: where rows are kept that were rendered before; what it gives is what rendering would give. The manifest's `cache`
+    says "off", "used", "made" (rendered now and kept), or "not kept".
     Raises DataError listing all problems, with file and line; and if no row is left or nothing is supervised.
     """
     source = open_source(data, offline=offline)
+    if cache is None:
+        rows = _render_file(source, renderer, on_long)
+        return _dataset(source, rows, source.sha256(), "off")
+    sha256 = source.sha256()
+    key = row_key(sha256, source, renderer, on_long)
+    kept = cache.read(key)
+    if kept is not None:
+        return _dataset(source, kept, sha256, "used")
+    rows = _render_file(source, renderer, on_long)
+    # A file that was written to meanwhile is not what the key says.
+    now = source.sha256()
+    return _dataset(source, rows, now, "made" if now == sha256 and cache.write(key, rows) else "not kept")
+
+
+def _render_file(source: Source, renderer: Renderer, on_long: OnLong) -> RowFile:
     problems, lengths = Problems(), Lengths()
     form = ""
     examples: list[Example] = []
@@ -48,12 +69,13 @@ def load_examples(data: str, renderer: Renderer, *, on_long: OnLong = "error", o
             examples.clear()
         else:
             examples.extend(example for example in fitted if example is not None)
-    for problem in length_problems(data, lengths, renderer.max_length, on_long, kept=len(examples), damaged=problems.count > 0):
+    damaged = problems.count > 0
+    for problem in length_problems(source.name, lengths, renderer.max_length, on_long, kept=len(examples), damaged=damaged):
         problems.add("", problem)
-    problems.raise_any(data)
-    manifest = {
-        "path": data,
-        "sha256": source.sha256(),
+    problems.raise_any(source.name)
+    for example in examples:
+        example.where = example.where.removeprefix(source.place)
+    facts = {
         "form": form,
         "rows": lengths.rows,
         "kept": len(examples),
@@ -62,9 +84,17 @@ def load_examples(data: str, renderer: Renderer, *, on_long: OnLong = "error", o
         "tokens": sum(len(example.ids) for example in examples),
         "supervised_tokens": sum(sum(example.supervised) for example in examples),
         "longest": lengths.longest,
-        "notes": problems.notes(),
     }
-    return Dataset(examples, manifest)
+    notes = [(message, rows, first.removeprefix(source.place)) for message, rows, first in problems.noted()]
+    return RowFile(examples, facts, notes)
+
+
+def _dataset(source: Source, rows: RowFile, sha256: str, cache: str) -> Dataset:
+    """The rows with the name of their file put back."""
+    for example in rows.examples:
+        example.where = source.place + example.where
+    notes = [note_text(message, count, first and source.place + first) for message, count, first in rows.notes]
+    return Dataset(rows.examples, {"path": source.name, "sha256": sha256, **rows.facts, "notes": notes, "cache": cache})
 
 
 def render_source(source: Any, renderer: Renderer, problems: Problems, lengths: Lengths) -> Iterator[tuple[str, list[Example]]]:

@@ -8,6 +8,9 @@ from luthier.errors import MAX_LISTED_PROBLEMS, DataError
 
 MAX_KEPT = 1000
 
+# What a note says, how many rows it is about, and the file and line of the first of them, or "".
+Noted = tuple[str, int, str]
+
 
 @dataclass
 class _Note:
@@ -36,12 +39,13 @@ class Problems:
         if note.last != where or not note.rows:
             note.rows, note.last = note.rows + 1, where
 
-    def notes(self) -> list[str]:
+    def noted(self) -> list[Noted]:
         """Each note with its number of rows and its first place."""
-        return [
-            f"{message} ({note.rows} {'row' if note.rows == 1 else 'rows'}, first {note.first})" if note.first else message
-            for message, note in self._notes.items()
-        ]
+        return [(message, note.rows, note.first) for message, note in self._notes.items()]
+
+    def notes(self) -> list[str]:
+        """Each note as a sentence."""
+        return [note_text(*noted) for noted in self.noted()]
 
     def listed(self) -> list[str]:
         """The kept problems, and a last line that counts the others."""
@@ -58,3 +62,8 @@ class Problems:
         if self.count > MAX_LISTED_PROBLEMS:
             lines.append(f"  ... and {self.count - MAX_LISTED_PROBLEMS} more")
         raise DataError(f"{name} has {self.count} problems:\n" + "\n".join(lines))
+
+
+def note_text(message: str, rows: int, first: str) -> str:
+    """A note as a sentence, with its rows counted where it is about rows."""
+    return f"{message} ({rows} {'row' if rows == 1 else 'rows'}, first {first})" if first else message

@@ -30,6 +30,11 @@ class Source:
     kind: str
     path: Path | None
 
+    @property
+    def place(self) -> str:
+        """What the place of every row begins with."""
+        return self.name if self.path is None else str(self.path)
+
     def sha256(self) -> str:
         """Of the file's bytes; of the rows as sorted JSON for a hub data set."""
         digest = hashlib.sha256()

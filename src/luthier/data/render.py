@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -54,6 +57,15 @@ class Renderer:
         template = _template_of(tokenizer)
         variables = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
         self.template = ChatTemplate(template, variables, self.encoder) if template else None
+        # Control tokens come from a set, in another order in each process; it makes no difference to any row.
+        control = sorted(self.encoder.control_tokens)
+        self._decisive = [template, variables, self.encoder.start_ids, self.encoder.end_id, control]
+
+    def identity(self) -> str:
+        """A sha256 of all that decides what becomes of a row: tokenizer, template, settings, and the versions of the code."""
+        versions = [version(name) for name in ("luthier", "tokenizers", "transformers", "jinja2")]
+        content = [versions, self.encoder.sha256, self._decisive, self.max_length, self.loss_on]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def render(self, row: dict[str, Any], where: str) -> Example:
         """One row of any form. Raises DataError naming `where` if it cannot be used."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -10,8 +9,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from luthier.errors import ModelError, bulleted
+from luthier.errors import ModelError, bulleted, one_line
 from luthier.matrices import GGUFMatrix, NF4Matrix
+from luthier.strict_json import read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -68,16 +68,19 @@ class SafetensorsCheckpoint:
             )
 
     def _read_header(self, path: Path) -> list[str]:
+        problems: list[str] = []
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - not a dict
+                    if name in self._file_of:
+                        problems.append(f"{name} is in {self._file_of[name].name} and in {path.name}")
                     part = file.get_slice(name)
                     self._file_of[name] = path
                     self._shape_of[name] = tuple(part.get_shape())
                     self._dtype_of[name] = part.get_dtype()
         except (SafetensorError, OSError) as error:
-            return [f"{path.name} is damaged or cut short ({error})"]
-        return []
+            problems.append(f"{path.name} is damaged or cut short ({one_line(error)})")
+        return problems
 
     def names(self) -> list[str]:
         return list(self._file_of)
@@ -113,11 +116,10 @@ def _read_index(folder: Path) -> dict[str, str]:
     if not path.is_file() or (folder / SINGLE_FILE).is_file():
         return {}
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ModelError(
-            f"{path} must be JSON with a weight_map; {type(error).__name__}: {error}. Download the model again."
-        ) from error
+        weight_map = read_json(path)["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = one_line(f"{type(error).__name__}: {error}")
+        raise ModelError(f"{path} must be JSON with a weight_map; {reason}. Download the model again.") from error
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
         raise ModelError(f"{path}: weight_map must give a file name for every tensor. Download the model again.")
     return weight_map
@@ -132,9 +134,9 @@ def _shards(folder: Path, index: dict[str, str]) -> list[Path]:
     for file in sorted(set(index.values())):
         path = folder / file
         if not _stays_inside(folder, file):
-            problems.append(f"{file!r} leads out of the folder")
-        elif not path.is_file():
-            problems.append(f"{file} is missing")
+            problems.append(f"{file[:200]!r} leads out of the folder")
+        elif not _is_file(path):
+            problems.append(f"{file[:200]} is missing")
         else:
             shards.append(path)
     if problems:
@@ -161,6 +163,13 @@ def _single_file(folder: Path) -> Path:
     )
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long for the file system
+        return False
+
+
 def _stays_inside(folder: Path, file: str) -> bool:
     """Whether the name `file` stays in `folder`, links followed. The hub's own cache links snapshots to its blobs."""
     parts = PurePosixPath(file).parts
@@ -169,5 +178,8 @@ def _stays_inside(folder: Path, file: str) -> bool:
     allowed = [folder.resolve()]
     if folder.parent.name == "snapshots":
         allowed.append((folder.parent.parent / "blobs").resolve())
-    target = (folder / file).resolve()
+    try:
+        target = (folder / file).resolve()
+    except (OSError, ValueError, RuntimeError):  # a name that no file can have, or links that lead round in a circle
+        return False
     return any(target.is_relative_to(root) for root in allowed)

@@ -6,15 +6,13 @@ import errno
 import hashlib
 import os
 import time
-from collections.abc import Callable
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from urllib.error import HTTPError
 
-from luthier.errors import ModelError, PreflightError
+from luthier.errors import ModelError, PreflightError, one_line
 from luthier.models.package_index import IndexSettings, request, without_login
-
-Progress = Callable[[str, int, int], None]
+from luthier.progress import Progress
 
 CHUNK_BYTES = 1 << 18
 TIMEOUT_SECONDS = 30
@@ -97,9 +95,7 @@ def sha256_of(path: Path) -> str:
 
 def _failed(address: str, part: Path, reason: str) -> ModelError:
     kept = f" What has come is kept in {part}; the same command goes on from there." if part.is_file() else ""
-    return ModelError(
-        f"{without_login(address)} could not be fetched: {' '.join(reason.split())[:300]}.{kept} Check the network."
-    )
+    return ModelError(f"{without_login(address)} could not be fetched: {one_line(reason)}.{kept} Check the network.")
 
 
 def _disk_full(part: Path, size_bytes: int) -> PreflightError:

@@ -6,7 +6,7 @@ Tensor by tensor: memory holds the model as it is stored, the tensor being conve
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +17,14 @@ from transformers.pytorch_utils import Conv1D
 
 from luthier.config import NF4Options, Storage
 from luthier.errors import ModelError, bulleted
+from luthier.kernels.storage import KINDS
 from luthier.linear import LowRankEmbedding, LowRankLinear
 from luthier.matrices import Matrix, NF4Matrix
 from luthier.models.checkpoint import WeightSource
-from luthier.models.stored import kept_modules, linear_names, read_matrix, stored_as
-
-Progress = Callable[[str, int, int], None]
-
-# Buffers that older versions of Transformers wrote into checkpoints; the model computes them itself.
-COMPUTED_BUFFERS = re.compile(
-    r"\.(rotary_emb\.inv_freq|rotary_emb\.(cos|sin)_cached|attn\.(masked_)?bias|attention\.(masked_)?bias)$"
-)
+from luthier.models.fit import listed, really_missing, really_unexpected
+from luthier.models.nf4_checkpoint import refuse_other_formats
+from luthier.models.stored import is_linear, kept_modules, left_out_note, linear_names, read_matrix, stored_as
+from luthier.progress import Progress
 
 
 class Filler:
@@ -45,7 +42,7 @@ class Filler:
         linear = linear_names(model)
         kept = kept_modules(linear, self.head, nf4) if base == "nf4" else []
         self._to_nf4 = {f"{name}.weight" for name in linear if name not in kept} if base == "nf4" else set()
-        self._conv1d = {f"{name}.weight" for name in linear if type(model.get_submodule(name)) is Conv1D}
+        self._conv1d = {f"{name}.weight" for name in linear if isinstance(model.get_submodule(name), Conv1D)}
         self.quantized: dict[str, NF4Matrix] = {}
         self.tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
         self.notes: list[str] = []
@@ -68,6 +65,8 @@ class Filler:
         if self.tied:
             self._tie()
         self.model.requires_grad_(False)
+        left_out = left_out_note(self.model)
+        self.notes += [left_out] if left_out else []
 
     def storages(self) -> dict[str, str]:
         """How each matrix will be stored, by the name of its weight in the model; no weight is read.
@@ -75,9 +74,7 @@ class Filler:
         A tied head is not named. Raises ModelError with all that does not fit.
         """
         self._check()
-        linear = [name for name in linear_names(self.model) if not (self.tied and name == self.head)]
-        keys = [f"{name}.weight" for name in (self.embedding, *linear)]
-        return {key: self._wanted(key, self._source_name[key]) for key in keys}
+        return {key: self._wanted(key, self._source_name[key]) for key in self._matrix_keys()}
 
     def source_name(self, key: str) -> str:
         """What the source calls the weight of that name in the model."""
@@ -128,11 +125,14 @@ class Filler:
 
     def _check(self) -> None:
         expected = self.model.state_dict()
-        problems = [f"{key} is missing" for key in expected if key not in self._source_name]
-        used = set(self._source_name.values())
-        for name in self.source.names():
-            if name not in used and not COMPUTED_BUFFERS.search("." + name) and name != f"{self.head}.weight":
-                problems.append(f"{name} has no place in the model")
+        used = {*self._source_name.values(), f"{self.head}.weight"}
+        unexpected, left_out = really_unexpected(self.model, (name for name in self.source.names() if name not in used))
+        refuse_other_formats(unexpected, self.where)
+        absent = (key for key in expected if key not in self._source_name)
+        missing, computed = really_missing(self.model, absent, expected, self.where)
+        self.notes += [*left_out, *computed]
+        problems = [f"{key} is missing" for key in missing]
+        problems += [f"{name} has no place in the model" for name in unexpected]
         for key, name in self._source_name.items():
             shape = tuple(expected[key].shape)
             if self._is_turned(key, name):
@@ -147,20 +147,58 @@ class Filler:
                 f"{self.where}:\n{bulleted(problems)}\n"
                 "Check that config.json and the weights belong together."
             )
+        self._check_kinds()
+
+    def _check_kinds(self) -> None:
+        """Raise ModelError if a matrix is to stay in blocks that no kernel multiplies with; note what is not as was asked."""
+        kinds = {key: stored_as(self.source, self._source_name[key]) for key in self._matrix_keys()}
+        odd = {key: kind for key, kind in kinds.items() if kind not in KINDS}
+        kept = [f"{key}: {kind.upper()}" for key, kind in odd.items() if self._wanted(key, self._source_name[key]) == kind]
+        if kept:
+            raise ModelError(
+                f"a matrix stays as it is stored only in {', '.join(KINDS)}; {self.where} has {len(kept)} others:\n"
+                f"{bulleted(kept)}\nTry --base nf4, which quantizes them anew while loading, --base bf16, or another "
+                "quantization of the model, such as Q4_K_M."
+            )
+        if self.base != "nf4":
+            return
+        widened = [key for key in odd if key not in self._to_nf4]
+        if widened:
+            size_bytes = sum(self._bytes(self._source_name[key]) for key in widened)
+            named = ", ".join(sorted({odd[key].upper() for key in widened}))
+            self.notes.append(
+                f"{listed(widened)} stored in {named}, which has no kernel here: held in float32, {size_bytes} bytes."
+            )
+        fixed = [key for key, kind in kinds.items() if kind == "nf4" and self._is_asked_otherwise(key)]
+        if fixed:
+            self.notes.append(
+                f"{listed(fixed)} in NF4 already and kept so: double quantisation and skip_modules change nothing."
+            )
+
+    def _is_asked_otherwise(self, key: str) -> bool:
+        """Whether a weight that is in NF4 already was to be left out, or to have scales of another kind."""
+        if key not in self._to_nf4:
+            return key not in (f"{self.head}.weight", f"{self.embedding}.weight")
+        matrix = self.source.matrix(self._source_name[key])
+        return isinstance(matrix, NF4Matrix) and matrix.double_quant != self.nf4.double_quant
+
+    def _matrix_keys(self) -> list[str]:
+        """The weights that become matrices, a tied head's left out."""
+        linear = [name for name in linear_names(self.model) if not (self.tied and name == self.head)]
+        return [f"{name}.weight" for name in (self.embedding, *linear)]
 
     # how a tensor becomes part of the model
 
     def _replace(self, name: str, module: nn.Module) -> None:
         if name == self.embedding:
             self.model.set_submodule(name, self._make_embedding(name, module))
-        elif type(module) in (nn.Linear, Conv1D):
+        elif is_linear(module):
             if name == self.head and self.tied:
                 return
             self.model.set_submodule(name, LowRankLinear(self.make_matrix(f"{name}.weight"), self._bias(name, module)))
         else:
-            for key, parameter in module.named_parameters(recurse=False):
+            for key in [key for key, _ in module.named_parameters(recurse=False) if f"{name}.{key}" in self._source_name]:
                 setattr(module, key, nn.Parameter(self._plain(f"{name}.{key}"), requires_grad=False))
-                del parameter
             persistent = [key for key, _ in module.named_buffers(recurse=False) if f"{name}.{key}" in self._source_name]
             for key in persistent:
                 setattr(module, key, self._plain(f"{name}.{key}"))
@@ -178,7 +216,10 @@ class Filler:
         """The storage that this weight is to have. One that is in NF4 already is not quantised anew."""
         if key in self._to_nf4:
             return "nf4"
-        return stored_as(self.source, name) if self.base in (None, "asis", "nf4") else self.base
+        if self.base not in (None, "asis", "nf4"):
+            return self.base
+        kind = stored_as(self.source, name)
+        return "f32" if self.base == "nf4" and kind not in KINDS else kind
 
     def _is_turned(self, key: str, name: str) -> bool:
         """Whether a Conv1D's weight, (in, out) in plain checkpoints, comes as (out, in), which is how NF4 stores it."""

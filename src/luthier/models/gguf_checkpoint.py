@@ -11,7 +11,6 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from luthier.errors import ModelError, bulleted
-from luthier.kernels.storage import GGUF_BLOCKS
 from luthier.matrices import GGUFMatrix
 from luthier.models.gguf_config import architecture_of
 from luthier.models.gguf_file import GGUFFile, GGUFTensor
@@ -23,6 +22,8 @@ BLOCKS = (Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0, Kind.Q2_K, Kind
 
 class GGUFCheckpoint:
     """A WeightSource over one GGUF file. f32, f16 and bf16 tensors come as stored, quantized ones as blocks or in float32.
+
+    Q2_K and Q3_K can be read in float32 alone: no matrix keeps their blocks, and the Filler says so.
 
     heads, key_heads: of the attention, to undo llama's row permutation.
     Raises ModelError naming the tensors whose type cannot be dequantized.
@@ -42,7 +43,8 @@ class GGUFCheckpoint:
         if problems:
             known = ", ".join(kind.name for kind in (*PLAIN, *BLOCKS))
             raise ModelError(
-                f"{file.path}: tensors must be stored as {known}; got\n{bulleted(problems)}\nTry another quantization of it."
+                f"{file.path}: tensors must be stored as {known}; got\n{bulleted(problems)}\n"
+                "Try another quantization of it, such as Q4_K_M or Q8_0."
             )
 
     def names(self) -> list[str]:
@@ -55,20 +57,15 @@ class GGUFCheckpoint:
         return torch.float32 if norm_offset(name, self.architecture) else PLAIN.get(self._tensor_of[name].kind, torch.float32)
 
     def kind(self, name: str) -> str | None:
-        """The type of a matrix in blocks that a GGUFMatrix can keep; Q2_K and Q3_K it cannot."""
+        """The type of a matrix in blocks."""
         tensor = self._tensor_of[name]
-        return tensor.kind.name.lower() if len(tensor.shape) == 2 and tensor.kind.name.lower() in GGUF_BLOCKS else None
-
-    def widened(self) -> str | None:
-        """A note on matrices in blocks that no kernel reads, which are held in float32 instead; None if there is none."""
-        kinds = {t.kind.name for name, t in self._tensor_of.items() if t.kind not in PLAIN and not self.kind(name)}
-        return f"{', '.join(sorted(kinds))} has no kernel here: such weights are held in float32." if kinds else None
+        return tensor.kind.name.lower() if len(tensor.shape) == 2 and tensor.kind in BLOCKS else None
 
     def matrix(self, name: str) -> GGUFMatrix:
         """The blocks as they lie in the file; rows that llama's converter permuted are put back, which takes a copy."""
         tensor = self._tensor_of[name]
         data = self._data(name, mapped=True).reshape(tensor.shape[0], -1)
-        return GGUFMatrix(torch.from_numpy(data), tensor.kind.name.lower())
+        return GGUFMatrix(_aligned(torch.from_numpy(data), 2), tensor.kind.name.lower())
 
     def tensor(self, name: str, *, mapped: bool) -> Tensor:
         tensor = self._tensor_of[name]
@@ -94,7 +91,13 @@ class GGUFCheckpoint:
     def _values(self, tensor: GGUFTensor, data: np.ndarray) -> Tensor:
         """The tensor's bytes as numbers in its shape."""
         if tensor.kind in PLAIN:
-            return torch.from_numpy(data.reshape(-1)).view(PLAIN[tensor.kind]).reshape(tensor.shape)
+            dtype = PLAIN[tensor.kind]
+            return _aligned(torch.from_numpy(data.reshape(-1)), dtype.itemsize).view(dtype).reshape(tensor.shape)
         rows = data.reshape(math.prod(tensor.shape[:-1]), -1)
         with np.errstate(all="ignore"):  # check_finite names weights that are not; they are no matter here
             return torch.from_numpy(dequantize(rows, tensor.kind)).reshape(tensor.shape)
+
+
+def _aligned(data: Tensor, size: int) -> Tensor:
+    """The bytes where they lie if that is a multiple of `size`, else a copy: a file may set its alignment to 1."""
+    return data if data.data_ptr() % size == 0 else data.clone()

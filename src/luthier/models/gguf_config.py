@@ -116,7 +116,9 @@ def _rope(keys: _Keys, content: dict[str, Any]) -> dict[str, Any]:
     """Rotary settings. Llama 3's scaling comes as factors of the frequencies, which longrope expresses exactly."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base", 10000.0)}
     rotated = keys.size("rope.dimension_count", content["head_dim"])
-    if rotated != content["head_dim"]:
+    if rotated > content["head_dim"]:
+        keys.problems.append(f"{keys.architecture}.rope.dimension_count must be at most {content['head_dim']}; got {rotated}")
+    elif rotated != content["head_dim"]:
         rope["partial_rotary_factor"] = rotated / content["head_dim"]
     kind = keys.file.metadata.get(f"{keys.architecture}.rope.scaling.type", "none")
     original = keys.size("rope.scaling.original_context_length", content["max_position_embeddings"])

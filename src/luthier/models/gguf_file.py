@@ -9,6 +9,7 @@ import math
 import mmap
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,9 @@ class _Header:
             if start + offset + size > self.size:
                 raise _BrokenFile(f"tensor {name!r} ends at byte {start + offset + size}, the file at {self.size}")
             tensors[name] = GGUFTensor(name, kind, shape, start + offset, size)
+        for before, after in pairwise(sorted(tensors.values(), key=lambda tensor: tensor.offset_bytes)):
+            if before.offset_bytes + before.size_bytes > after.offset_bytes:
+                raise _BrokenFile(f"tensors {before.name!r} and {after.name!r} overlap")
         return tensors
 
 

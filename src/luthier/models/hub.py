@@ -7,7 +7,6 @@ import os
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
 
@@ -15,10 +14,9 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from tqdm.auto import tqdm
 
-from luthier.errors import ConfigError, ModelError
+from luthier.errors import ConfigError, ModelError, one_line
 from luthier.models.checkpoint import INDEX_FILE, SINGLE_FILE
-
-Progress = Callable[[str, int, int], None]
+from luthier.progress import Progress
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
@@ -103,7 +101,7 @@ def snapshot(name: str, *, offline: bool, progress: Progress | None) -> Path:
         ) from error
     except Exception as error:
         # What a broken connection raises belongs to the client's HTTP library, which is another one in every version.
-        reason = " ".join(str(error.__cause__ or error).split())[:300].rstrip(".")
+        reason = one_line(error.__cause__ or error)
         raise ModelError(f"{name} could not be fetched from {constants.ENDPOINT}: {reason}. Check the network.") from error
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -13,22 +13,28 @@ import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from luthier.config import NF4Options, Storage
-from luthier.errors import ConfigError, ModelError, PreflightError, bulleted, nearest
+from luthier.errors import ConfigError, ModelError, PreflightError, bulleted, nearest, one_line
 from luthier.matrices import MATRICES
+from luthier.models.blocks.forward import use_blocks_in_forward
 from luthier.models.checkpoint import SafetensorsCheckpoint, WeightSource
 from luthier.models.fill import Filler
 from luthier.models.gguf_checkpoint import GGUFCheckpoint
 from luthier.models.gguf_config import config_content
 from luthier.models.gguf_file import read_gguf
-from luthier.models.nf4_cache import CachedSource, cached_folder, write_cached
+from luthier.models.nf4_cache import cached_folder, open_cached, write_cached
 from luthier.models.nf4_checkpoint import NF4Checkpoint, holds_nf4
 from luthier.models.skeleton import build_skeleton, make_config, read_config
 from luthier.models.source import ModelSource, resolve
 from luthier.models.tokenizer import gguf_tokenizer, read_tokenizer
-
-Progress = Callable[[str, int, int], None]
+from luthier.progress import Progress
+from luthier.strict_json import read_json
 
 DEFAULT_NF4 = NF4Options()
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model"),
+)
+MAX_TOKENIZER_BYTES = 256 << 20  # the largest in use, for vocabularies of 260,000 tokens, have 35 MB
 
 
 @dataclass
@@ -63,6 +69,7 @@ def load(
     base: how matrices are stored. None and "asis" keep the checkpoint's own: its dtype, the blocks of a GGUF file,
     bitsandbytes' NF4. "f32", "bf16", "f16" convert all of them. "nf4" quantises linear layers as `nf4` says; embeddings
     and the head stay as they are. Norms, biases and position embeddings are float32, and so are activations.
+    Blocks of a GGUF file of a type that has no kernel cannot stay: only where `base` converts them are they read.
     offline: no network is touched. progress(stage, done, total) is called with bytes.
     Memory stays below the stored model plus its largest tensor: weights that stay as they are are mapped.
     Raises ConfigError for a name that leads nowhere, ModelError for files that are missing, damaged or unsupported,
@@ -75,17 +82,17 @@ def load(
     source = resolve(model, offline=offline, progress=progress)
     (config, weights), tokenizer = open_weights(source.path), _open_tokenizer(source.path)
     cached = cached_folder(source.path, nf4) if base == "nf4" and nf4.cache else None
-    if cached is not None and cached.is_dir():
-        weights = CachedSource(weights, cached)
+    kept, damaged = open_cached(weights, cached) if cached is not None else (None, None)
+    weights = kept or weights
     loaded = build_skeleton(config, str(source.path))
-    loaded.config._name_or_path = source.name
+    loaded.config._name_or_path = loaded.name_or_path = source.name
     filler = Filler(loaded, weights, base, str(source.path), nf4)
     filler.fill(progress)
+    use_blocks_in_forward(loaded)
     _set_generation_config(loaded, source.path)
     if cached is not None and filler.quantized:
         write_cached(cached, filler.quantized)
-    widened = weights.widened() if isinstance(weights, GGUFCheckpoint) and base in (None, "asis") else None
-    return Loaded(loaded, tokenizer, source, [note for note in (source.note, widened, *filler.notes) if note])
+    return Loaded(loaded, tokenizer, source, [note for note in (source.note, damaged, *filler.notes) if note])
 
 
 def load_tokenizer(model: str, *, offline: bool = False, progress: Progress | None = None) -> PreTrainedTokenizerBase:
@@ -105,18 +112,32 @@ def open_weights(path: Path) -> tuple[PretrainedConfig, WeightSource]:
 
 
 def _open_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    if path.is_dir():
+        _refuse_endless_files(path)
     return read_tokenizer(path) if path.is_dir() else gguf_tokenizer(read_gguf(path))
 
 
+def _refuse_endless_files(folder: Path) -> None:
+    """Raise ModelError for what libraries would wait at, or read without end, while they look for a tokenizer."""
+    for path in sorted(folder.iterdir()):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ModelError(f"a model folder holds files; {path} is a pipe or a device. Remove it.")
+        if path.name in TOKENIZER_FILES and path.is_file() and path.stat().st_size > MAX_TOKENIZER_BYTES:
+            raise ModelError(
+                f"a tokenizer's file has at most {MAX_TOKENIZER_BYTES} bytes; {path} has {path.stat().st_size}. "
+                "Download the model again."
+            )
+
+
 def _set_generation_config(model: PreTrainedModel, folder: Path) -> None:
-    if not (folder / "generation_config.json").is_file():
+    path = folder / "generation_config.json"
+    if not path.exists():
         return
     try:
+        read_json(path)
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ModelError(
-            f"{folder / 'generation_config.json'} must be valid; {' '.join(str(error).split())}. Delete it."
-        ) from error
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ModelError(f"{path} must be valid; {one_line(error)}. Delete it.") from error
 
 
 def fingerprint(model: PreTrainedModel) -> str:

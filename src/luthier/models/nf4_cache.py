@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,12 +13,12 @@ from torch import Tensor
 from luthier.config import NF4Options
 from luthier.errors import ModelError, PreflightError
 from luthier.matrices import GGUFMatrix, NF4Matrix
-from luthier.models.cache import cache_folder, publish
+from luthier.models.cache import cache_folder, discard, is_whole, publish, seal
 from luthier.models.checkpoint import SINGLE_FILE, SafetensorsCheckpoint, WeightSource
 from luthier.models.nf4_checkpoint import read_nf4
 from luthier.models.safetensors_writer import write_safetensors
 
-FORMAT = 1
+FORMAT = 2
 HEADER_BYTES = 1 << 20
 SAMPLES, SAMPLE_BYTES = 256, 4096
 
@@ -54,6 +55,7 @@ def write_cached(folder: Path, quantized: Mapping[str, NF4Matrix]) -> None:
     try:
         with publish(folder) as stage:
             write_safetensors(stage / SINGLE_FILE, tensors)
+            seal(stage)
     except OSError as error:
         needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         raise PreflightError(
@@ -62,20 +64,32 @@ def write_cached(folder: Path, quantized: Mapping[str, NF4Matrix]) -> None:
         ) from error
 
 
-class CachedSource:
-    """A WeightSource that takes the weights in `folder` from there, in NF4, and all others from `original`.
+def open_cached(original: WeightSource, folder: Path) -> tuple[CachedSource | None, str | None]:
+    """The weights of `original` with those kept in `folder` in their place, or None; and what a person should know.
 
-    Raises ModelError where the folder is damaged.
+    A folder that is not, byte for byte, as it was written, or that does not fit the original, is removed.
     """
-
-    def __init__(self, original: WeightSource, folder: Path):
-        self.original = original
+    if not os.path.lexists(folder):
+        return None, None
+    if is_whole(folder):
         try:
-            self._quantized = read_nf4(SafetensorsCheckpoint(folder))
-        except ModelError as error:
-            raise ModelError(
-                f"the quantized weights in the cache are damaged. Remove {folder}, and they are made anew."
-            ) from error
+            quantized = read_nf4(SafetensorsCheckpoint(folder))
+            shapes = {name: sorted(original.shape(name)) for name in original.names()}
+            # A Conv1D's weight stands the other way round in the original.
+            if all(shapes.get(name) == sorted(matrix.shape) for name, matrix in quantized.items()):
+                return CachedSource(original, quantized), None
+        except ModelError:  # a seal over something that was never written by `write_cached`
+            pass
+    discard(folder)
+    return None, f"The quantized weights kept in {folder} were damaged; they are removed and made again."
+
+
+class CachedSource:
+    """A WeightSource that gives the weights in `quantized` in NF4 and takes all others from `original`."""
+
+    def __init__(self, original: WeightSource, quantized: dict[str, NF4Matrix]):
+        self.original = original
+        self._quantized = quantized
 
     def names(self) -> list[str]:
         return self.original.names()

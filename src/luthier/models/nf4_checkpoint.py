@@ -16,6 +16,14 @@ from luthier.models.checkpoint import SafetensorsCheckpoint
 STATE_MARK = ".quant_state.bitsandbytes__"
 PART_ENDS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 NF4_SUFFIX = STATE_KEY.removeprefix("weight")
+# What other quantizers call the tensors they put beside or in place of a weight.
+OTHER_FORMATS = {
+    ".SCB": "bitsandbytes int8",
+    ".qweight": "gptq or awq",
+    ".weight_packed": "compressed-tensors",
+    ".weight_scale": "fp8 or int8",
+    ".weight_scale_inv": "fp8",
+}
 
 
 def check_quantization(content: dict[str, Any], where: str) -> None:
@@ -26,10 +34,25 @@ def check_quantization(content: dict[str, Any], where: str) -> None:
         return
     kind = _kind_named(settings) if isinstance(settings, dict) else repr(settings)
     if kind != "bitsandbytes nf4":
-        raise ModelError(
-            f"{where}: quantized weights must be bitsandbytes nf4 or a GGUF file; these are {kind}. "
-            "Use the original model; --method qlora quantizes it while loading."
-        )
+        raise _refusal(where, kind)
+
+
+def refuse_other_formats(names: Iterable[str], where: str) -> None:
+    """Raise ModelError, naming the format, if a tensor that no model has shows another quantizer's work.
+
+    names: of the tensors that have no place in the model. For checkpoints whose config.json says nothing.
+    """
+    for name in names:
+        kind = OTHER_FORMATS.get(f".{name.rpartition('.')[2]}")
+        if kind:
+            raise _refusal(where, f"{kind} ({name})")
+
+
+def _refusal(where: str, kind: str) -> ModelError:
+    return ModelError(
+        f"{where}: quantized weights must be bitsandbytes nf4 or a GGUF file; these are {kind}. "
+        "Use the original model; --method qlora quantizes it while loading."
+    )
 
 
 def _kind_named(settings: dict[str, Any]) -> str:
@@ -84,7 +107,10 @@ def read_nf4(plain: SafetensorsCheckpoint) -> dict[str, NF4Matrix]:
     found: dict[str, NF4Matrix] = {}
     problems: list[str] = []
     present = set(plain.names())
-    for name in _marked(plain.names(), problems):
+    marked = _marked(plain.names(), problems)
+    if problems and not marked:
+        raise _refusal(str(plain.folder), f"bitsandbytes {problems[0].rpartition(' ')[2]} ({problems[0].partition(' ')[0]})")
+    for name in marked:
         keys = {end: f"{name}{end}" for end in ("", *PART_ENDS, NF4_SUFFIX) if f"{name}{end}" in present}
         try:
             found[name] = NF4Matrix.from_tensors({f"weight{end}": plain.tensor(key, mapped=True) for end, key in keys.items()})

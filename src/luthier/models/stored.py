@@ -14,11 +14,46 @@ from luthier.matrices.dense import STORAGE_DTYPES
 from luthier.models.checkpoint import WeightSource
 
 F16_LARGEST = torch.finfo(torch.float16).max
+# Subclasses of nn.Linear with a forward of their own that is the plain product all the same.
+PLAIN_SUBCLASSES = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module computes x W^T + b and nothing else: nn.Linear, GPT-2's Conv1D, and subclasses that add nothing.
+
+    Routers and grouped products are subclasses of nn.Linear too, and do more.
+    """
+    kind = type(module)
+    if not isinstance(module, nn.Linear | Conv1D):
+        return False
+    return kind.forward in (nn.Linear.forward, Conv1D.forward) or f"{kind.__module__}.{kind.__qualname__}" in PLAIN_SUBCLASSES
 
 
 def linear_names(model: nn.Module) -> list[str]:
     """The model's linear layers, GPT-2's Conv1D among them, before they are replaced."""
-    return [name for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)]
+    return [name for name, module in model.named_modules() if is_linear(module)]
+
+
+def left_out_note(model: nn.Module) -> str | None:
+    """A note on matrices that stand in no plain linear layer; None if there are none.
+
+    They are what is left of `model` once its linear layers are replaced: routers that are more than a product, and
+    experts, whose matrices lie in one tensor of three dimensions. (The kernels of a convolution are no matrices.)
+    """
+    left = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            left[f"{name} ({type(module).__name__})"] = sum(parameter.nbytes for parameter in module.parameters())
+        elif not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            stacks = [(key, parameter) for key, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3]
+            left |= {f"{name}.{key}": parameter.nbytes for key, parameter in stacks}
+    if not left:
+        return None
+    listed = ", ".join(list(left)[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+    return (
+        f"{len(left)} parts do more than multiply by one matrix, so they take no adapter and are held in float32, "
+        f"{sum(left.values())} bytes: {listed}."
+    )
 
 
 def kept_modules(linear: list[str], head: str, options: NF4Options) -> list[str]:

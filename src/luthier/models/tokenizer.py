@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import os
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from luthier.errors import ModelError
-from luthier.models.cache import cache_folder, publish
+from luthier.models.cache import cache_folder, discard, is_whole, publish, seal
 from luthier.models.gguf_file import GGUFFile
 from luthier.models.gguf_tokenizer import build_tokenizer
 
-# Part of the cache's key; raised when build_tokenizer makes something else of the same metadata.
-CONVERSION = 1
+logger = logging.getLogger(__name__)
+
+# Part of the cache's key; raised when build_tokenizer makes something else of the same metadata, or of its folder.
+CONVERSION = 2
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -37,20 +41,29 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def gguf_tokenizer(file: GGUFFile) -> PreTrainedTokenizerBase:
     """The tokenizer of a GGUF file. The first call converts it and keeps it in the cache, under a hash of the metadata.
 
+    One that is damaged there is removed and converted again, which the log says.
     Raises ModelError if the metadata holds no whole tokenizer, PreflightError if the cache cannot be written to.
     """
     folder = cache_folder("tokenizers") / _key(file)
-    if not folder.is_dir():
-        try:
-            tokenizer = build_tokenizer(file)
-        except ModelError:
-            raise
-        except Exception as error:
-            # The tokenizers library raises bare Exception, or PanicException's base, for lists it cannot use.
-            reason = " ".join(str(error).split())[:300].rstrip(".")
-            raise ModelError(f"{file.path} does not hold a tokenizer that can be used: {reason}. Download it again.") from error
-        with publish(folder) as stage:
-            tokenizer.save_pretrained(stage)
+    if os.path.lexists(folder):
+        if is_whole(folder):
+            try:
+                return read_tokenizer(folder)
+            except ModelError:  # a seal over something that was never written here
+                pass
+        logger.warning("The tokenizer kept in %s was damaged; it is removed and converted again.", folder)
+        discard(folder)
+    try:
+        tokenizer = build_tokenizer(file)
+    except ModelError:
+        raise
+    except Exception as error:
+        # The tokenizers library raises bare Exception, or PanicException's base, for lists it cannot use.
+        reason = " ".join(str(error).split())[:300].rstrip(".")
+        raise ModelError(f"{file.path} does not hold a tokenizer that can be used: {reason}. Download it again.") from error
+    with publish(folder) as stage:
+        tokenizer.save_pretrained(stage)
+        seal(stage)
     return read_tokenizer(folder)
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -20,6 +19,7 @@ from luthier.models.fill import Filler
 from luthier.models.load import open_weights
 from luthier.models.skeleton import build_skeleton
 from luthier.models.source import resolve
+from luthier.models.stored import is_linear
 from luthier.training.events import Listener
 
 FLOAT_BYTES = 4
@@ -123,8 +123,8 @@ def put_layers(model: PreTrainedModel, make: MakeMatrix, *, tied: bool) -> None:
     table = make(names[id(embedding)], vocabulary, hidden_size)
     model.set_submodule(names[id(embedding)], LowRankEmbedding(table, None, 1.0 if scale is None else float(scale)))
     for name, module in list(model.named_modules()):
-        if type(module) not in (nn.Linear, Conv1D):
+        if not is_linear(module):
             continue
-        rows, columns = module.weight.shape if type(module) is nn.Linear else module.weight.shape[::-1]
+        rows, columns = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
         matrix = table if tied and module is head else make(name, rows, columns)
         model.set_submodule(name, LowRankLinear(matrix, module.bias))

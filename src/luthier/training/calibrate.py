@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from luthier.adapters import trainable_parameters
 from luthier.config import RunConfig
 from luthier.errors import ConfigError
-from luthier.evaluation.loss import LOGITS_AT_ONCE, MIN_CHUNK_ROWS, linear_cross_entropy
+from luthier.evaluation.loss import LOGITS_AT_ONCE, MIN_CHUNK_ROWS, linear_cross_entropy, suits_the_kernel
+from luthier.kernels.head import rows_at_once
 from luthier.kernels.probe import fma_peak
 from luthier.linear import LowRankLinear
 from luthier.models.packed import Head, packed_hidden
@@ -29,6 +30,7 @@ FLOPS_AT_ONCE = 4e10
 LEAST_TOKENS, MEMORY_TOKENS = 128, 256
 REPEATS = 2
 HEAD_WEIGHTS_AT_ONCE = 1 << 24
+FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -93,13 +95,16 @@ def stand_in(blueprint: Blueprint, config: RunConfig, targets: list[str], superv
     model = sample_model(blueprint, config, targets)
     set_training_mode(model)
     hidden_size, vocabulary = blueprint.hidden_size, blueprint.vocabulary
-    chunk = max(1, min(supervised, max(MIN_CHUNK_ROWS, LOGITS_AT_ONCE // vocabulary)))
     part = min(vocabulary, max(VOCABULARY, HEAD_WEIGHTS_AT_ONCE // hidden_size))
     layer = LowRankLinear(sample_matrix(blueprint.head_storage, part, hidden_size, double=config.double_quant))
     layer.requires_grad_(config.method == "full")
     head = Head(layer, getattr(blueprint.config.get_text_config(), "final_logit_softcapping", None), 1.0)
-    rows = torch.full((chunk, hidden_size), 0.01).requires_grad_()
-    return StandIn(config, model, head, part / vocabulary, rows, torch.arange(chunk) % part)
+    rows = torch.full((1, hidden_size), 0.01)
+    chunk = min(supervised, max(MIN_CHUNK_ROWS, LOGITS_AT_ONCE // vocabulary))
+    if suits_the_kernel(layer, rows):
+        chunk = rows_at_once(supervised, vocabulary)
+    rows = rows.repeat(max(1, chunk), 1).requires_grad_()
+    return StandIn(config, model, head, part / vocabulary, rows, torch.arange(len(rows)) % part)
 
 
 def measure_bytes(sample: StandIn, tokens: int, length: int) -> ByteCosts:
@@ -120,10 +125,17 @@ def measure_bytes(sample: StandIn, tokens: int, length: int) -> ByteCosts:
     set_recomputed(model, 0)
     input_bytes = model.config.get_text_config().hidden_size * 4
     kept = (held[0] - held[1]) / depth / len(ids) + input_bytes
+    return ByteCosts(kept, input_bytes, worked[0], worked[1], _head_bytes(sample))
+
+
+def _head_bytes(sample: StandIn) -> int:
+    """What the head holds for one chunk of rows. The kernel's logits are its own and not seen from outside."""
     sample.head_both_ways()
     with LiveBytes() as live:
         linear_cross_entropy(sample.rows, sample.head, sample.targets)
-    return ByteCosts(kept, input_bytes, worked[0], worked[1], int(live.peak / sample.head_share))
+    if not suits_the_kernel(sample.head.linear, sample.rows):
+        return int(live.peak / sample.head_share)
+    return live.peak + int(len(sample.rows) * sample.head.vocabulary / sample.head_share) * FLOAT_BYTES
 
 
 def measure_seconds(sample: StandIn, tokens: int, length: int, trained: int) -> TimeCosts:

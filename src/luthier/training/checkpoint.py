@@ -17,8 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from luthier.disk import STAGING_PREFIX, remove_tree, sha256_of
 from luthier.errors import CheckpointError, bulleted
-from luthier.training.files import MANIFEST, STAGING_PREFIX, read_manifest, remove_tree, sha256_of, to_json, write_folder
+from luthier.training.files import MANIFEST, read_manifest, to_json, write_folder
 from luthier.training.state import Identity, TrainState
 
 WEIGHTS = "weights.safetensors"
@@ -64,10 +65,15 @@ def save_checkpoint(
 
 
 def checkpoint_paths(root: Path) -> list[Path]:
-    """The folders named step-N below `root`, newest first, whole or not; empty ones and other names are left out."""
-    if not root.is_dir():
-        return []
-    found = [path for path in root.iterdir() if re.fullmatch(r"step-\d+", path.name) and path.is_dir() and any(path.iterdir())]
+    """The folders named step-N below `root`, newest first, whole or not; empty ones and other names are left out.
+
+    Raises CheckpointError if they cannot be read.
+    """
+    try:
+        named = [path for path in root.iterdir() if re.fullmatch(r"step-\d+", path.name)] if root.is_dir() else []
+        found = [path for path in named if path.is_dir() and any(path.iterdir())]
+    except OSError as error:
+        raise CheckpointError(f"checkpoints must be readable; {error}. Change their permissions.") from error
     return sorted(found, key=_step_of, reverse=True)
 
 
@@ -77,18 +83,26 @@ def _step_of(path: Path) -> int:
 
 def prune(root: Path, keep: int, step: int) -> None:
     """Delete all but the newest `keep` checkpoints up to `step`, the one just saved. Those of later steps go too: they
-    were damaged and passed over when the run went on from before them."""
+    were damaged and passed over when the run went on from before them. Raises CheckpointError if one cannot be deleted."""
     paths = checkpoint_paths(root)
     kept = [path for path in paths if _step_of(path) <= step][:keep]
-    for path in paths:
-        if path not in kept:
-            remove_tree(path)
+    _remove([path for path in paths if path not in kept])
 
 
 def remove_staging(root: Path) -> None:
-    """Delete what an interrupted save has left behind."""
-    for path in root.glob(f"{STAGING_PREFIX}*") if root.is_dir() else ():
-        remove_tree(path)
+    """Delete what an interrupted save has left behind. Raises CheckpointError if it cannot be deleted."""
+    _remove(list(root.glob(f"{STAGING_PREFIX}*")) if root.is_dir() else [])
+
+
+def _remove(paths: list[Path]) -> None:
+    try:
+        for path in paths:
+            remove_tree(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"old checkpoints and what an interrupted save has left must be deletable; {error}. "
+            "The newest one is whole. Change the permissions, then go on with `luthier resume`."
+        ) from error
 
 
 def read_newest(root: Path, *, weights_only: bool, note: Callable[[str], None]) -> Checkpoint:
@@ -106,7 +120,10 @@ def read_newest(root: Path, *, weights_only: bool, note: Callable[[str], None]) 
             problems.append(f"{path.name}: {damage}")
             note(f"checkpoint {problems[-1]}; it is passed over.")
     found = f"; found:\n{bulleted(problems)}\n" if problems else "; there is none. "
-    raise CheckpointError(f"a run goes on from a whole checkpoint below {root}{found}Start again with `luthier train`.")
+    raise CheckpointError(
+        f"a run goes on from a whole checkpoint below {root}{found}"
+        "Start again with `luthier train` and --overwrite, or another --out."
+    )
 
 
 def _read(path: Path, weights_only: bool) -> Checkpoint:
@@ -138,10 +155,13 @@ def _check_file(folder: Path, name: str, listed: dict[str, Any]) -> None:
     expected = listed.get(name)
     if expected is None:
         raise _Damaged(f"{name} is not listed in {MANIFEST}")
-    size = (folder / name).stat().st_size
+    try:
+        size, sha256 = (folder / name).stat().st_size, sha256_of(folder / name)
+    except OSError as error:
+        raise _Damaged(f"{name} cannot be read ({error.strerror})") from error
     if size != expected["bytes"]:
         raise _Damaged(f"{name} should have {expected['bytes']} bytes and has {size}")
-    if sha256_of(folder / name) != expected["sha256"]:
+    if sha256 != expected["sha256"]:
         raise _Damaged(f"{name} does not match its sha256")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,14 @@ PEERS = ("peft", "bitsandbytes", "trl", "datasets", "llama-cpp-python")
 OLDEST = {"torch": (2, 9), "transformers": (5, 0)}
 LEAST_MEMORY_BYTES = 2 << 30
 LEAST_DISK_BYTES = 1 << 30
+# What decides the last bits of a result, and where `describe_environment` says it.
+NUMERIC_FACTS = {
+    "kernels": ("kernels", "mode"),
+    "their instruction set": ("kernels", "instruction_set"),
+    "threads": ("threads",),
+    "torch": ("packages", "torch"),
+    "its instruction set": ("torch_cpu_capability",),
+}
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "bf16", "sve")
 
 
@@ -48,6 +57,26 @@ def describe_environment() -> dict[str, Any]:
         "device": "cpu" if not torch.cuda.is_available() else "cpu (a CUDA device is here; it is not used yet)",
         "kernels": kernels_in_use(),
     }
+
+
+def numeric_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two machines or installations and decides the last bits of a result: one phrase each.
+
+    then, now: what `describe_environment` gives. What `then` does not say counts as different.
+    """
+    found = []
+    for name, path in NUMERIC_FACTS.items():
+        was, is_now = _fact(then, path), _fact(now, path)
+        if was != is_now:
+            found.append(f"{name} {was if was is not None else 'not known'} then, {is_now} now")
+    return found
+
+
+def _fact(facts: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    found: Any = facts
+    for key in path:
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found
 
 
 def preflight_problems(facts: dict[str, Any]) -> list[str]:

@@ -44,10 +44,11 @@ class Evaluations:
             self._evaluate(step, with_answers=step in (0, total_steps))
 
     def result(self, total_steps: int) -> dict[str, dict[str, float]] | None:
-        """{"before": metrics, "after": metrics}, or None where there is no evaluation data."""
+        """{"before": metrics, "after": metrics}, or None where there is no evaluation data. "before" is empty where a resumed
+        run has lost its record."""
         if self.held_out is None:
             return None
-        return {"before": _metrics(self.records[0]), "after": _metrics(self.records[total_steps])}
+        return {"before": _metrics(self.records.get(0, {})), "after": _metrics(self.records[total_steps])}
 
     def samples(self) -> list[dict[str, Any]]:
         """What samples.json holds."""

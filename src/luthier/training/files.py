@@ -14,39 +14,15 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from luthier.disk import remove_tree, sha256_of, staged_folder, write_atomically
 from luthier.errors import CheckpointError
 
 MANIFEST = "MANIFEST.json"
-STAGING_PREFIX = ".staging-"
-
-
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fsync_path(path: Path) -> None:
-    """Make a file's content, or a folder's list of names, durable. Raises OSError where the disk refuses."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def to_json(value: Any) -> str:
     """JSON with NaN and Inf refused (ValueError), two spaces of indent, a newline at the end."""
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` with `text` (UTF-8): at every moment it is the old file or the new one, whole."""
-    staged = path.with_name(f"{STAGING_PREFIX}{path.name}")
-    staged.write_text(text, encoding="utf-8")
-    fsync_path(staged)
-    os.replace(staged, path)
-    fsync_path(path.parent)
 
 
 def write_manifest(folder: Path, files: Iterable[Path], facts: dict[str, Any]) -> None:
@@ -75,35 +51,27 @@ def _sha256_of_json(value: Any) -> str:
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None], needed_bytes: int, facts: dict[str, Any]) -> None:
-    """Make `folder` appear whole or not at all: staged beside it, synced, with a manifest, then renamed into place.
+    """Make `folder` appear whole or not at all: staged beside it, with a manifest, synced, then renamed into place.
 
     fill(staging) writes the files. needed_bytes is what they will take, for the message when the disk is full.
     Raises CheckpointError when the disk refuses anything; whatever else stood in the parent is untouched.
     """
-    staging = folder.with_name(STAGING_PREFIX + folder.name)
     renamed = False
-    try:
-        remove_tree(staging)
-        staging.mkdir(parents=True)
-        fill(staging)
-        files = [path for path in staging.rglob("*") if path.is_file()]
-        for path in files:
-            fsync_path(path)
-        write_manifest(staging, files, facts)
-        fsync_path(staging)
-        remove_tree(folder)
-        os.rename(staging, folder)
+
+    def place(staging: Path, target: Path) -> None:
+        nonlocal renamed
+        remove_tree(target)
+        os.rename(staging, target)
         renamed = True
-        fsync_path(folder.parent)
+
+    try:
+        with staged_folder(folder, place) as staging:
+            fill(staging)
+            write_manifest(staging, [path for path in staging.rglob("*") if path.is_file()], facts)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(folder if renamed else staging, ignore_errors=True)
+        if renamed:  # and yet not known to be on the disk
+            shutil.rmtree(folder, ignore_errors=True)
         raise CheckpointError(explain_write_error(error, folder, needed_bytes)) from error
-
-
-def remove_tree(folder: Path) -> None:
-    """Delete a folder that is ours, if it is there. Raises OSError where it cannot be deleted."""
-    if folder.exists():
-        shutil.rmtree(folder)
 
 
 def explain_write_error(error: Exception, path: Path, needed_bytes: int | None = None) -> str:

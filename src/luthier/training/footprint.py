@@ -51,7 +51,7 @@ class Memory:
     """What does not depend on how steps are cut: sizes of the model, what is trained, and the measured costs of a token.
 
     runtime_bytes: what the process holds before the model is loaded. trained: numbers in training. trains_base: they are
-    the model's own weights, not numbers beside them.
+    the model's own weights, not numbers beside them. frozen_layers: those below the lowest that trains, which keep nothing.
     """
 
     runtime_bytes: int
@@ -59,6 +59,7 @@ class Memory:
     costs: ByteCosts
     trained: int
     trains_base: bool
+    frozen_layers: int = 0
 
     def footprint(self, packing: Packing, recomputed: int, *, keeps_freed: bool) -> Footprint:
         """With that many layers computed again in backward, freed memory kept for the next tensors or given back.
@@ -67,7 +68,7 @@ class Memory:
         backward, the same; or the backward of a recomputed layer, when those after it have let go of theirs.
         Gradients of all weights stand beside it where a step has several packs, and otherwise come as activations go.
         """
-        costs, tokens, layers = self.costs, packing.largest, self.blueprint.layers
+        costs, tokens, layers = self.costs, packing.largest, self.blueprint.layers - self.frozen_layers
         inputs = recomputed * costs.input * tokens
         held = inputs + (layers - recomputed) * costs.kept * tokens
         vectors = HIDDEN_COPIES * tokens + SUPERVISED_COPIES * packing.supervised_largest
@@ -75,7 +76,9 @@ class Memory:
         in_head = held + around + costs.head
         in_layer = held + costs.working * tokens if recomputed < layers else 0.0
         in_recomputed = inputs + costs.recomputing * tokens if recomputed else 0.0
-        highest = max(in_head, in_layer, in_recomputed)
+        # A forward pass holds less than a backward one; where nothing trains in any layer it is all there is.
+        in_frozen = costs.working * tokens if self.frozen_layers else 0.0
+        highest = max(in_head, in_layer, in_recomputed, in_frozen)
         activations = held if highest == in_head else highest
         own = self.trained * FLOAT_BYTES
         gradients = own

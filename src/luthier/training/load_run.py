@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +10,22 @@ from luthier.adapters import load_adapter
 from luthier.config import NF4Options, RunConfig, Storage, make_config
 from luthier.errors import ConfigError
 from luthier.models.load import load
+from luthier.progress import Progress
 from luthier.training import rundir
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass
 class Target:
     """A model in evaluation mode and its tokenizer. adapter: the folder of the adapter attached, None without one;
-    run_dir: the run it comes from, None for a plain model; name: what to call it."""
+    run_dir: the run it comes from, None for a plain model; name: what to call it; notes: what a person should be told of
+    the model and the adapter."""
 
     model: Any
     tokenizer: Any
     adapter: str | None
     run_dir: Path | None
     name: str
+    notes: list[str] = field(default_factory=list)
 
 
 def load_target(
@@ -41,8 +41,7 @@ def load_target(
     base: how matrices are stored; None takes the run's setting, or the model's own. Raises ConfigError for a run that
     is not finished, and what loading a model or an adapter raises.
     """
-    path = Path(target).expanduser()
-    run_dir = path if (path / rundir.CONFIG).is_file() else None
+    run_dir = _run_dir(target)
     model_name, nf4 = target, NF4Options()
     if run_dir is not None:
         config = make_config(rundir.read_config(run_dir))
@@ -50,10 +49,20 @@ def load_target(
         adapter, base, offline = adapter or own_adapter, base or config.storage, offline or config.offline
         nf4 = config.nf4_options
     loaded = load(model_name, base=base, nf4=nf4, offline=offline, progress=progress)
+    notes = list(loaded.notes)
     if adapter is not None:
-        load_adapter(loaded.model, adapter)
+        notes += load_adapter(loaded.model, adapter).notes
     loaded.model.eval()
-    return Target(loaded.model, loaded.tokenizer, adapter, run_dir, target)
+    return Target(loaded.model, loaded.tokenizer, adapter, run_dir, target, notes)
+
+
+def _run_dir(target: str) -> Path | None:
+    """The run directory that `target` names, or None: then it is a model's name, whatever it looks like."""
+    try:
+        path = Path(target).expanduser()
+        return path if (path / rundir.CONFIG).is_file() else None
+    except (OSError, RuntimeError):
+        return None
 
 
 def load_base(tuned: Target, *, base: Storage | None = None, offline: bool = False, progress: Progress | None = None) -> Target:

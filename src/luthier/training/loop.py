@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,15 +15,17 @@ from luthier.data import Example
 from luthier.data.packing import Pack, pack_examples
 from luthier.errors import Interrupted, NumericError
 from luthier.evaluation.loss import supervised_loss
+from luthier.models.packed import shares_prefixes
 from luthier.training.checkpoint import prune, save_checkpoint
 from luthier.training.evaluations import Evaluations
 from luthier.training.events import Listener, Record
+from luthier.training.frozen_cache import FrozenCache, open_frozen_cache
 from luthier.training.interrupts import Interrupts, StopRequested
 from luthier.training.memory import peak_rss_bytes, rss_bytes
 from luthier.training.optimizer import Optimizer
 from luthier.training.order import Order, derived_seed
 from luthier.training.prepare import RunData, RunModel, set_training_mode
-from luthier.training.rundir import RunDir
+from luthier.training.rundir import FROZEN, RunDir
 from luthier.training.schedule import is_due, total_examples
 from luthier.training.state import Identity, TrainState
 
@@ -31,7 +34,10 @@ MAX_SKIPPED_IN_A_ROW = 3
 
 @dataclass
 class Job:
-    """Everything a run in progress works with. `state` is the only part that the loop replaces as it goes."""
+    """Everything a run in progress works with. `state` is the only part that the loop replaces as it goes.
+
+    frozen: what goes into the lowest trained layer, where the run keeps that.
+    """
 
     run: RunDir
     prepared: RunModel
@@ -43,21 +49,29 @@ class Job:
     interrupts: Interrupts
     state: TrainState = field(default_factory=TrainState)
     saved_step: int | None = None
+    frozen: FrozenCache | None = None
 
     @property
     def total_steps(self) -> int:
         return self.prepared.schedule.total_steps
 
+    @cached_property
+    def shares_prefixes(self) -> bool:
+        """Whether tokens that rows of a batch begin with in common are computed once."""
+        return shares_prefixes(self.prepared.model)
+
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What one step did. loss: mean over its supervised tokens. grad_norm: before clipping; not finite if it was skipped."""
+    """What one step did. loss: mean over its supervised tokens. grad_norm: before clipping; not finite if it was skipped.
+    tokens: of the batch's rows; computed_tokens: those the model saw, a beginning that rows share once."""
 
     loss: float
     grad_norm: float
     learning_rate: float
     examples: int
     tokens: int
+    computed_tokens: int
     supervised_tokens: int
     seconds: float
 
@@ -76,6 +90,7 @@ def train_loop(job: Job) -> None:
     set_training_mode(job.prepared.model)
     order = Order(job.prepared.config.seed, len(job.data.train.examples))
     _save_if(job, job.state.step == 0)
+    _keep_frozen(job)
     _evaluate_if_due(job)
     while job.state.step < job.total_steps:
         batch = _draw(job, order)
@@ -89,6 +104,28 @@ def train_loop(job: Job) -> None:
         _evaluate_if_due(job)
 
 
+def _keep_frozen(job: Job) -> None:
+    """Compute what goes into the lowest trained layer for every row, if that was asked for and steps are left."""
+    prepared = job.prepared
+    config = prepared.config
+    if not config.cache_frozen or job.state.step >= job.total_steps:
+        return
+
+    def progress(stage: str, done: int, total: int) -> None:
+        job.interrupts.check()
+        job.listener.stage(stage, done, total)
+
+    assert config.micro_batch_tokens is not None  # the plan has filled it in
+    try:
+        job.frozen = open_frozen_cache(
+            job.run.path / FROZEN, prepared.model, job.data.train.examples,
+            layer=prepared.frozen_layers, base=prepared.fingerprint, max_tokens=config.micro_batch_tokens,
+            share=job.shares_prefixes, progress=progress, note=job.listener.note,
+        )  # fmt: skip
+    except StopRequested:
+        raise _interrupted(job) from None
+
+
 def _draw(job: Job, order: Order) -> list[Example]:
     """The next batch_size examples of the stream, fewer in the last step of a run measured in epochs."""
     config, start = job.prepared.config, job.state.examples
@@ -100,14 +137,15 @@ def train_step(job: Job, batch: Sequence[Example]) -> StepOutcome:
     """One optimiser step: loss = (sum of cross entropy over all supervised tokens of the batch) / (their number).
 
     The batch goes through the model in packs of at most micro_batch_tokens tokens whose gradients add up; how it is
-    cut does not change the loss. Gradients that are not finite are not applied. Raises NumericError at a loss that is not.
+    cut, and what its rows share in a pack, does not change the loss. Gradients that are not finite are not applied.
+    Raises NumericError at a loss that is not.
     """
     started = time.perf_counter()
     step = job.state.step + 1
     config, optimizer = job.prepared.config, job.optimizer
     torch.default_generator.manual_seed(derived_seed("step", config.seed, step))
     assert config.micro_batch_tokens is not None  # the plan has filled it in
-    packs = pack_examples(batch, max_tokens=config.micro_batch_tokens)
+    packs = pack_examples(batch, max_tokens=config.micro_batch_tokens, share=job.shares_prefixes)
     supervised_tokens = sum(pack.supervised_tokens for pack in packs)
     optimizer.zero_grad()
     loss = sum(_add_gradients(job, pack, batch, supervised_tokens) for pack in packs)
@@ -117,13 +155,14 @@ def train_step(job: Job, batch: Sequence[Example]) -> StepOutcome:
         optimizer.step(learning_rate)
     optimizer.zero_grad()
     seconds = time.perf_counter() - started
-    tokens = sum(pack.tokens for pack in packs)
-    return StepOutcome(loss, grad_norm, learning_rate, len(batch), tokens, supervised_tokens, seconds)
+    tokens, computed = sum(pack.example_tokens for pack in packs), sum(pack.tokens for pack in packs)
+    return StepOutcome(loss, grad_norm, learning_rate, len(batch), tokens, computed, supervised_tokens, seconds)
 
 
 def _add_gradients(job: Job, pack: Pack, batch: Sequence[Example], supervised_tokens: int) -> float:
     """Backward through one pack's share of the step's loss; returns that share."""
-    share = supervised_loss(job.prepared.model, pack) / max(1, supervised_tokens)
+    entry = None if job.frozen is None else job.frozen.entry(pack, batch)
+    share = supervised_loss(job.prepared.model, pack, entry) / max(1, supervised_tokens)
     value = float(share.detach())
     if not math.isfinite(value):
         raise _loss_error(job, value, [batch[row].where for row in pack.rows])
@@ -137,6 +176,7 @@ def _record(job: Job, outcome: StepOutcome) -> None:
     state.step += 1
     state.examples += outcome.examples
     state.tokens += outcome.tokens
+    state.computed_tokens += outcome.computed_tokens
     state.supervised_tokens += outcome.supervised_tokens
     state.seconds += outcome.seconds
     state.skipped += not outcome.applied
@@ -150,6 +190,7 @@ def _record(job: Job, outcome: StepOutcome) -> None:
         "learning_rate": outcome.learning_rate,
         "grad_norm": outcome.grad_norm if outcome.applied else None,
         "tokens": outcome.tokens,
+        "computed_tokens": outcome.computed_tokens,
         "supervised_tokens": outcome.supervised_tokens,
         "seconds": outcome.seconds,
         "tokens_per_second": outcome.tokens / outcome.seconds,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import resource
 import sys
@@ -53,13 +54,45 @@ def _cgroup_limits() -> list[int]:
 
 
 def explain_out_of_memory(config: RunConfig, longest: int) -> str:
-    """What to say when an allocation has failed in the middle of a run."""
+    """What to say when an allocation has failed in the middle of a new run. longest: tokens of the longest row."""
     at_once = config.micro_batch_tokens or longest
     tokens, half = max(at_once, longest), max(longest, at_once // 2)
     advice = f"--set micro_batch_tokens={half}" if half < tokens else f"--max-length {max(8, longest // 2)} --on-long truncate"
-    return f"memory ran out with packs of {tokens} tokens; {rss_bytes() / 2**20:,.0f} MiB were in use. Try {advice}."
+    return (
+        f"memory ran out with packs of {tokens} tokens; {_held()} were in use. "
+        f"Try {advice}, with --overwrite where --out is the same folder."
+    )
+
+
+def explain_out_of_memory_resumed(config_file: Path, recomputed: int, layers: int) -> str:
+    """The same in a run that goes on, which may change nothing that its numbers depend on.
+
+    config_file: the run's; recomputed, layers: how many of the model's layers are computed again in backward already.
+    """
+    more = (
+        f" Or set `recompute_layers: {layers}` in {config_file}: slower, with the same result." if recomputed < layers else ""
+    )
+    return (
+        f"memory ran out in a run that goes on; {_held()} were in use. Close other programs, then resume it again.{more} "
+        "A new run with smaller packs (--set micro_batch_tokens) takes less."
+    )
+
+
+def explain_out_of_memory_loading(config: RunConfig) -> str:
+    """What to say when it fails while the model is loaded."""
+    smaller = "a smaller model" if config.storage in ("nf4", "asis") else "--method qlora, or a smaller model"
+    return (
+        f"memory ran out while {config.model} was loaded; {_held()} were in use. "
+        f"Close other programs, or start a new run with {smaller}."
+    )
+
+
+def _held() -> str:
+    return f"{rss_bytes() / 2**20:,.0f} MiB"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` is a failed allocation; torch raises a plain RuntimeError for it on CPUs."""
-    return isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    """Whether `error` is a failed allocation; torch raises a plain RuntimeError for it on CPUs, a failed mapping an OSError."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    return "can't allocate memory" in str(error) or "not enough memory" in str(error)

@@ -16,11 +16,14 @@ from luthier.adapters.targets import low_rank_layers, resolve_saved, resolve_tar
 from luthier.config import RunConfig
 from luthier.errors import PreflightError
 from luthier.linear import LowRankEmbedding
+from luthier.models.packed import shares_prefixes
 from luthier.training.allocator import release_free_memory, set_freed_memory_kept
 from luthier.training.blueprint import Blueprint, read_blueprint
 from luthier.training.calibrate import MEMORY_TOKENS, StandIn, TimeCosts, measure_bytes, measure_seconds, stand_in
+from luthier.training.depth import Frozen, frozen_layers, refuse_cache, refuse_entry
 from luthier.training.events import Listener
 from luthier.training.footprint import FLOAT_BYTES, Footprint, Memory
+from luthier.training.frozen_cache import held_bytes
 from luthier.training.memory import available_bytes, rss_bytes
 from luthier.training.prepare import (
     RunData,
@@ -30,6 +33,9 @@ from luthier.training.prepare import (
     read_data,
     with_absolute_paths,
 )
+from luthier.training.recompute import check_recomputed
+from luthier.training.rundir import FROZEN
+from luthier.training.schedule import total_examples
 from luthier.training.workload import Workload, workload
 from luthier.units import duration_text, parse_size, size_text
 
@@ -50,6 +56,8 @@ class Plan:
     micro_batch_tokens, recompute_layers: how steps are cut and how many layers are computed again in backward.
     keeps_freed_memory: what tensors let go of stays for the next ones. footprint: the highest point, part by part.
     peak_flops: of this machine; efficiency: the share of it that a step reaches, None without the native kernels.
+    frozen_layers: those below the lowest that trains. frozen_cache_bytes: what cache_frozen keeps of them on disk, 0 without
+    it, when frozen_seconds pass before the first step and frozen_share is the part of a step's time that is saved.
     suggestions: where the run does not fit, settings with which it does.
     """
 
@@ -64,6 +72,7 @@ class Plan:
     allowed_bytes: int
     total_steps: int
     tokens_per_step: float
+    computed_tokens_per_step: float
     seconds_per_step: float
     trainable_parameters: int
     total_parameters: int
@@ -71,6 +80,10 @@ class Plan:
     efficiency: float | None
     disk_bytes: int
     disk_free_bytes: int
+    frozen_layers: int = 0
+    frozen_cache_bytes: int = 0
+    frozen_seconds: float = 0.0
+    frozen_share: float = 0.0
     suggestions: list[str] = field(default_factory=list)
 
     @property
@@ -79,7 +92,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        return self.total_steps * self.seconds_per_step
+        return self.frozen_seconds + self.total_steps * self.seconds_per_step
 
     @property
     def fits(self) -> bool:
@@ -108,9 +121,12 @@ class Plan:
         if self.fits:
             return
         if self.peak_bytes <= self.allowed_bytes:
+            kept, less = "", "set keep_checkpoints=1"
+            if self.frozen_cache_bytes:
+                kept, less = f", {size_text(self.frozen_cache_bytes)} of it for cache_frozen,", "leave --cache-frozen out"
             raise PreflightError(
-                f"checkpoints and results must fit the disk; they need {size_text(self.disk_bytes)} and "
-                f"{size_text(self.disk_free_bytes)} are free. Free some space, choose another --out, or set keep_checkpoints=1."
+                f"all that a run writes must fit the disk; it needs {size_text(self.disk_bytes)}{kept} and "
+                f"{size_text(self.disk_free_bytes)} are free. Free some space, choose another --out, or {less}."
             )
         raise PreflightError(
             f"a run must fit in the memory it is allowed; it needs {size_text(self.peak_bytes)} and may have "
@@ -146,16 +162,22 @@ def make_plan(config: RunConfig, data: RunData, listener: Listener) -> Plan:
     check_rows_fit(blueprint.skeleton, data)
     load = workload(config, data.train.examples)
     targets, trained = count_trained(blueprint, config)
+    frozen = _frozen(blueprint, config, targets, data)
     largest = load.packing(config.micro_batch_tokens or PACK_SIZES[0])
     set_freed_memory_kept(False)
     with torch.random.fork_rng(devices=[]):
         sample = stand_in(blueprint, config, targets, largest.supervised_largest)
+        if frozen.cached:
+            refuse_entry(sample.model)
+        if shares_prefixes(sample.model):
+            load = workload(config, data.train.examples, share=True)
         costs = measure_bytes(sample, MEMORY_TOKENS, load.usual_length)
-        memory = Memory(_runtime_bytes(sample), blueprint, costs, trained, config.method == "full")
-        planner = Planner(config, load, memory, allowed_bytes(config))
+        memory = Memory(_runtime_bytes(sample), blueprint, costs, trained, config.method == "full", frozen.layers)
+        planner = Planner(config, load, memory, allowed_bytes(config), frozen)
         cut, fits = planner.cut()
         set_freed_memory_kept(cut.keeps_freed)
-        usual = round(load.tokens_per_step / load.packing(cut.tokens).packs)
+        packing = load.packing(cut.tokens)
+        usual = round(packing.tokens / packing.packs)
         times = measure_seconds(sample, usual, load.usual_length, trained)
     del sample
     release_free_memory()
@@ -190,6 +212,22 @@ def count_trained(blueprint: Blueprint, config: RunConfig) -> tuple[list[str], i
     return targets, whole + sum(_term_numbers(skeleton, spec, target) for target in targets)
 
 
+def _frozen(blueprint: Blueprint, config: RunConfig, targets: list[str], data: RunData) -> Frozen:
+    """What lies below the lowest layer that trains.
+
+    Raises PreflightError if it was to be kept and that saves nothing, ModelError if more layers are to be computed again
+    than there are above it.
+    """
+    layers = 0
+    if config.method != "full":
+        layers = frozen_layers(blueprint.skeleton, [*targets, *resolve_saved(blueprint.skeleton, config.modules_to_save)])
+    check_recomputed(config.recompute_layers or 0, blueprint.layers, layers)
+    rows = [len(example.ids) for example in data.train.examples]
+    if config.cache_frozen:
+        refuse_cache(layers, total_examples(config, len(rows)), len(rows))
+    return Frozen(layers, config.cache_frozen, sum(rows), blueprint.hidden_size)
+
+
 def _term_numbers(skeleton: nn.Module, spec: AdapterSpec, target: str) -> int:
     layer = low_rank_layers(skeleton)[target]
     rows, columns = layer.matrix.shape
@@ -214,10 +252,16 @@ class Planner:
     load: Workload
     memory: Memory
     allowed: int
+    frozen: Frozen = field(default_factory=Frozen)
 
     @property
     def layers(self) -> int:
         return self.memory.blueprint.layers
+
+    @property
+    def trained_layers(self) -> int:
+        """The layers that a gradient goes through."""
+        return self.layers - self.frozen.layers
 
     def cut(self) -> tuple[Cut, bool]:
         """The fastest cut that fits and True, or the smallest there is and False."""
@@ -235,7 +279,7 @@ class Planner:
         if not fixed:
             yield from (Cut(tokens, 0, True) for tokens in ([own] if own else PACK_SIZES))
         for tokens in [own] if own else [*(PACK_SIZES if fixed else PACK_SIZES[-1:]), *SMALLER_PACKS]:
-            for recomputed in range(self.layers + 1) if fixed is None else [fixed]:
+            for recomputed in range(self.trained_layers + 1) if fixed is None else [fixed]:
                 yield Cut(tokens, recomputed, False)
 
     def _peak(self, cut: Cut) -> int:
@@ -247,6 +291,7 @@ class Planner:
     def figures(self, cut: Cut, times: TimeCosts) -> Plan:
         blueprint = self.memory.blueprint
         seconds = self.seconds_per_step(cut, times)
+        kept = self.frozen_seconds_per_step(cut, times) if self.frozen.cached else 0.0
         adapter = 0 if self.memory.trains_base else self.memory.trained
         return Plan(
             model=self.config.model,
@@ -260,32 +305,47 @@ class Planner:
             allowed_bytes=self.allowed,
             total_steps=self.load.total_steps,
             tokens_per_step=self.load.tokens_per_step,
+            computed_tokens_per_step=self.load.packing(cut.tokens).tokens,
             seconds_per_step=seconds,
             trainable_parameters=self.memory.trained,
             total_parameters=sum(parameter.numel() for parameter in blueprint.skeleton.parameters()) + adapter,
             peak_flops=times.peak_flops,
-            efficiency=self.flops_per_step(times) / seconds / times.peak_flops if times.peak_flops else None,
+            efficiency=self.flops_per_step(cut, times) / seconds / times.peak_flops if times.peak_flops else None,
             disk_bytes=self._disk_bytes(),
             disk_free_bytes=shutil.disk_usage(_existing(Path(self.config.out or "."))).free,
+            frozen_layers=self.frozen.layers,
+            frozen_cache_bytes=self.frozen.cache_bytes,
+            frozen_seconds=kept * self.frozen.tokens / self.load.tokens_per_step,
+            frozen_share=kept / (seconds + kept) if kept else 0.0,
         )
+
+    def frozen_seconds_per_step(self, cut: Cut, times: TimeCosts) -> float:
+        """The forward pass through the layers below the lowest that trains."""
+        packing = self.load.packing(cut.tokens)
+        return packing.packs * self.frozen.layers * times.forward.at(packing.tokens / packing.packs)
 
     def seconds_per_step(self, cut: Cut, times: TimeCosts) -> float:
         """Layers at the usual pack, the second forward of recomputed ones, the head on supervised tokens, the optimiser."""
-        packs = self.load.packing(cut.tokens).packs
-        usual = self.load.tokens_per_step / packs
+        packing = self.load.packing(cut.tokens)
+        packs, usual = packing.packs, packing.tokens / packing.packs
         once = times.forward.at(usual)
-        layers = packs * (self.layers * (once + times.backward.at(usual)) + cut.recomputed * once)
+        layers = packs * (self.trained_layers * (once + times.backward.at(usual)) + cut.recomputed * once)
+        if not self.frozen.cached:
+            layers += self.frozen_seconds_per_step(cut, times)
         return layers + self.load.supervised_per_step * times.head + times.optimizer
 
-    def flops_per_step(self, times: TimeCosts) -> float:
-        """Products with frozen weights, forward and backward once each: what any implementation has to compute."""
-        layers = self.layers * times.layer_flops * self.load.tokens_per_step
+    def flops_per_step(self, cut: Cut, times: TimeCosts) -> float:
+        """Products with frozen weights, forward and backward once each, for the tokens that are computed. Layers below the
+        lowest that trains go forward only, or not at all where what they give is kept."""
+        passes = self.trained_layers + (0 if self.frozen.cached else self.frozen.layers / 2)
+        layers = passes * times.layer_flops * self.load.packing(cut.tokens).tokens
         return layers + times.head_flops * self.load.supervised_per_step
 
     def _disk_bytes(self) -> int:
-        """Checkpoints, one more than is kept while a new one is written, and the result."""
+        """Checkpoints, one more than is kept while a new one is written, the result, and what cache_frozen keeps."""
         weights = self.memory.trained * FLOAT_BYTES
-        return (self.config.keep_checkpoints + 1) * 3 * weights + weights + RUN_FILES_BYTES
+        kept = max(0, self.frozen.cache_bytes - held_bytes(Path(self.config.out or ".") / FROZEN))
+        return (self.config.keep_checkpoints + 1) * 3 * weights + weights + RUN_FILES_BYTES + kept
 
     def suggestions(self) -> list[str]:
         """Settings close to the configuration's with which the run fits, as flags."""

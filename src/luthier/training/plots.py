@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier.disk import staged_file
 from luthier.training.run_files import RunFiles
 
 if TYPE_CHECKING:
@@ -75,9 +75,7 @@ def _write(path: Path, label: str, draw: Any) -> Path:
     axes.set_xlabel("step")
     axes.set_ylabel(label)
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}.partial")
-    with staged.open("wb") as stream:
+    with staged_file(path) as staged, staged.open("wb") as stream:
         # No software name and no date in the file: the same figures give the same bytes.
         FigureCanvasAgg(figure).print_png(stream, metadata={"Software": None})
-    os.replace(staged, path)
     return path

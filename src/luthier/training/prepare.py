@@ -11,7 +11,7 @@ from torch import nn
 
 from luthier.adapters import AdapterSpec, attach, train_everything, trainable_parameters
 from luthier.config import DEFAULT_MODEL, RunConfig
-from luthier.data import Dataset, Renderer, load_examples, overlap
+from luthier.data import Dataset, Renderer, RowCache, load_examples, overlap
 from luthier.data.read import open_source
 from luthier.errors import ConfigError, PreflightError
 from luthier.linear import LowRankTerm, count_numbers
@@ -19,6 +19,7 @@ from luthier.matrices import GGUFMatrix, NF4Matrix
 from luthier.models.load import check_finite, fingerprint, load, load_tokenizer
 from luthier.models.smollm2 import HUB_NAME
 from luthier.models.source import ModelSource
+from luthier.training.depth import frozen_layers, refuse_cache, refuse_entry
 from luthier.training.events import Listener
 from luthier.training.schedule import (
     CHECKPOINTS_A_RUN,
@@ -28,6 +29,7 @@ from luthier.training.schedule import (
     default_interval,
     default_learning_rate,
     make_schedule,
+    total_examples,
     total_steps,
 )
 from luthier.training.state import Identity
@@ -69,6 +71,11 @@ class RunModel:
         return sum(parameter.numel() for _, parameter in self.trainable)
 
     @property
+    def frozen_layers(self) -> int:
+        """The decoder layers, from the first one, that no gradient has to reach."""
+        return frozen_layers(self.model, [name for name, _ in self.trainable])
+
+    @property
     def total_parameters(self) -> int:
         """Numbers in the model, shared ones once, what was attached included."""
         return count_numbers(self.model)
@@ -92,17 +99,19 @@ def check_data_is_there(config: RunConfig) -> None:
 
 
 def read_data(config: RunConfig, listener: Listener) -> RunData:
-    """Read and render the rows of `config.data` and `config.eval_data`. Needs the tokenizer, not the model.
+    """Read and render the rows of `config.data` and `config.eval_data`, or take them from the cache as they were rendered
+    before. Needs the tokenizer, not the model.
 
     Raises DataError for rows that cannot be used; says how many held-out rows are also trained on.
     """
     tokenizer = load_tokenizer(config.model, offline=config.offline, progress=listener.stage)
     renderer = Renderer(tokenizer, max_length=config.max_length, loss_on=config.loss_on)
     listener.stage("reading the data", 0, 0)
-    train = load_examples(config.data, renderer, on_long=config.on_long, offline=config.offline)
+    cache = RowCache(listener.note) if config.data_cache else None
+    train = load_examples(config.data, renderer, on_long=config.on_long, offline=config.offline, cache=cache)
     held_out = None
     if config.eval_data:
-        held_out = load_examples(config.eval_data, renderer, on_long=config.on_long, offline=config.offline)
+        held_out = load_examples(config.eval_data, renderer, on_long=config.on_long, offline=config.offline, cache=cache)
     for dataset in (train, held_out):
         for note in dataset.manifest.get("notes", ()) if dataset else ():
             listener.note(note)
@@ -138,6 +147,10 @@ def read_model(
     for note in _make_trainable(model, config):
         listener.note(note)
     prepared.trainable = trainable_parameters(model)
+    if config.cache_frozen:
+        rows = len(data.train.examples)
+        refuse_cache(prepared.frozen_layers, total_examples(config, rows), rows)
+        refuse_entry(model)
     return prepared
 
 

@@ -26,21 +26,30 @@ def decoder_layers(model: Any) -> list[nn.Module]:
     raise ModelError(f"{type(model).__name__} has no list of {depth} decoder layers. Use a model of a known family.")
 
 
-def set_recomputed(model: Any, count: int) -> None:
-    """From now on the first `count` decoder layers keep only their input for backward; the others keep everything.
+def check_recomputed(count: int, layers: int, first: int) -> None:
+    """Raise ModelError if a model has fewer than `count` layers from layer `first` on."""
+    most = layers - first
+    if count > most:
+        which = f"all {most}" if first == 0 else f"the {most} trained"
+        raise ModelError(f"at most {which} decoder layers can be computed again; got {count}. Try {most}.")
 
-    The first ones, since backward reaches them last: the layers after them have let go of their activations by then.
+
+def set_recomputed(model: Any, count: int, *, first: int = 0) -> None:
+    """From now on `count` decoder layers, from layer `first` on, keep only their input for backward; the others everything.
+
+    first: the lowest layer that trains, below which nothing is kept anyway. The lowest ones, since backward reaches them
+    last: the layers after them have let go of their activations by then.
     Gradients are those of a model that keeps everything: the second pass is over the same documents and, where
     something is dropped, with the same random numbers. Without gradients nothing changes.
     Raises ModelError where the model has fewer layers.
     """
     layers = decoder_layers(model)
-    if count > len(layers):
-        raise ModelError(f"at most all {len(layers)} decoder layers can be computed again; got {count}. Try {len(layers)}.")
+    check_recomputed(count, len(layers), first)
     for number, layer in enumerate(layers):
         layer.__dict__.pop("forward", None)
-        layer.__dict__["is_recomputed"] = number < count  # for the fused blocks, which do not call forward
-        if number < count:
+        again = first <= number < first + count
+        layer.__dict__["is_recomputed"] = again  # for the fused blocks, which do not call forward
+        if again:
             layer.forward = partial(_recomputed, layer)
 
 

@@ -1,53 +1,30 @@
 """report.html: what a run did, in one self-contained file that opens anywhere and loads nothing.
 
-Everything a run directory holds may come from strangers: data, model names, answers. All of it passes through the
-template's escaping, and the page's own policy allows no script but ours.
+Everything a run directory holds may come from strangers; `luthier.pages.page` renders it so that it stays text.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import shlex
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
-
-from luthier import __version__
 from luthier.config import RunConfig
+from luthier.disk import write_atomically
+from luthier.pages.page import Fact, Tile, render_page
 from luthier.training.charts import Chart, Series, line_chart
-from luthier.training.files import write_atomically
 from luthier.training.plots import write_plots
 from luthier.training.run_files import RunFiles, finite, read_run_files
 from luthier.units import count_text, duration_text, metric_text, number_text, percent_text, size_text, visible
 
 ASSETS = Path(__file__).with_name("assets")
 METRIC_NAMES = {"loss": "held-out loss", "perplexity": "held-out perplexity", "exact_match": "exact match"}
-NOT_METRICS = frozenset({"kind", "step", "epoch", "rows", "seconds", "tokens", "supervised_tokens", "tokens_per_second"})
+NOT_METRICS = frozenset(
+    {"kind", "step", "epoch", "rows", "seconds", "tokens", "computed_tokens", "supervised_tokens", "tokens_per_second"}
+)
 LONGEST_VALUE = 2_000
-
-
-@dataclass(frozen=True)
-class Fact:
-    label: str
-    value: str
-    changed: bool = False
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One headline figure, with the value before training where there was one."""
-
-    label: str
-    value: str
-    before: str = ""
-    note: str = ""
-    big: bool = False
 
 
 def write_report(run_dir: Path | str) -> Path:
@@ -66,40 +43,26 @@ def write_report(run_dir: Path | str) -> Path:
 
 def render_report(files: RunFiles, folder: Path) -> str:
     """The page as text. folder: what the commands under "Use it" call the run."""
-    script = (ASSETS / "report.js").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(ASSETS),
-        autoescape=True,
-        finalize=_shown,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html").render(
-        run=files,
-        version=__version__,
-        style=Markup((ASSETS / "report.css").read_text(encoding="utf-8")),
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        lead=_lead(files),
-        unfinished=_unfinished(files),
-        headline=_headline(files),
-        loss_chart=_loss_chart(files),
-        charts=_small_charts(files),
-        evaluations=_evaluations(files),
-        samples=[_sample(sample) for sample in files.samples],
-        datasets=_datasets(files.manifests),
-        usage=_usage(files, folder),
-        configuration=_configuration(files.config),
-        environment=[Fact(label, text) for label, text in _flattened(files.environment)],
-    )
-    # A lone surrogate, which JSON can carry, has no place in UTF-8.
-    return page.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _shown(value: Any) -> Any:
-    """What goes into the page as text, with control and direction characters written out; our own markup as it is."""
-    return visible(value, lines=True) if type(value) is str else value
+    notices = [_unfinished(files)] if _unfinished(files) else []
+    values = {
+        "run": files,
+        "name": files.name,
+        "eyebrow": "Luthier training report",
+        "lead": _lead(files),
+        "notices": notices + [f"{problem}." for problem in files.problems],
+        "notes": files.notes,
+        "unfinished": bool(notices),
+        "headline": _headline(files),
+        "loss_chart": _loss_chart(files),
+        "charts": _small_charts(files),
+        "evaluations": _evaluations(files),
+        "samples": [_sample(sample) for sample in files.samples],
+        "datasets": _datasets(files.manifests),
+        "usage": _usage(files, folder),
+        "configuration": _configuration(files.config),
+        "environment": [Fact(label, text) for label, text in _flattened(files.environment)],
+    }
+    return render_page(ASSETS / "report.html", values, script=ASSETS / "report.js")
 
 
 def _lead(files: RunFiles) -> str:
@@ -139,13 +102,22 @@ def _headline(files: RunFiles) -> list[Tile]:
     return tiles + _resources(files)
 
 
+def _token_note(result: Mapping[str, Any]) -> str:
+    """How many tokens the run went through, and the share that was not computed because rows of a step share it."""
+    tokens, computed = finite(result.get("tokens")), finite(result.get("computed_tokens"))
+    if not tokens:
+        return ""
+    saved = 1 - computed / tokens if computed else 0
+    shared = f", {percent_text(round(saved, 3))} of them shared beginnings" if saved > 0 else ""
+    return f"{count_text(tokens)} tokens{shared}"
+
+
 def _resources(files: RunFiles) -> list[Tile]:
     result, tiles = files.result, []
     if (seconds := finite(result.get("seconds"))) is not None:
         tiles.append(Tile("Time", duration_text(seconds)))
     if (speed := finite(result.get("tokens_per_second"))) is not None:
-        tokens = finite(result.get("tokens"))
-        tiles.append(Tile("Tokens a second", count_text(speed), note=f"{count_text(tokens)} tokens" if tokens else ""))
+        tiles.append(Tile("Tokens a second", count_text(speed), note=_token_note(result)))
     peak = finite(result.get("peak_rss_bytes")) or max((value for _, value in files.curve("rss_bytes")), default=None)
     if peak is not None:
         tiles.append(Tile("Peak memory", size_text(peak)))
@@ -206,7 +178,7 @@ def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
         if key != "expected" and expected is not None:
             mark = "exact" if str(text).strip() == str(expected).strip() else "differs"
         answers.append({"kind": key, "label": label, "text": str(text), "mark": mark})
-    return {"prompt": str(sample.get("prompt", "")), "answers": answers}
+    return {"title": "Prompt", "prompt": str(sample.get("prompt", "")), "answers": answers}
 
 
 def _datasets(manifests: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -17,7 +17,8 @@ class RunResult:
     seconds: time inside training steps, so that tokens / seconds = tokens_per_second; total_seconds: everything since
     the start of this process's run, loading, evaluation and saving included. peak_rss_bytes: the most memory the
     process has held. loss_first, loss_last: mean loss of the first and the last step. eval: the metrics on eval_data
-    {"before": {...}, "after": {...}}, or None. samples: [{"prompt", "expected", "before", "after"}].
+    {"before": {...}, "after": {...}}, or None. computed_tokens: `tokens` with beginnings that rows of a step share counted
+    once, 0 where it was not counted. samples: [{"prompt", "expected", "before", "after"}].
     adapter_dir is None for `method: full`, whose weights are in model_dir. nothing_to_do: the run was finished before.
     """
 
@@ -39,6 +40,7 @@ class RunResult:
     total_parameters: int
     eval: dict[str, dict[str, float]] | None
     samples: list[dict[str, Any]]
+    computed_tokens: int = 0
     nothing_to_do: bool = False
 
     def to_json(self) -> dict[str, Any]:

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
-from luthier.adapters import save_adapter, save_full
 from luthier.config import RunConfig, make_config
 from luthier.errors import CheckpointError, ConfigError, PreflightError
+from luthier.notices import heard_by
 from luthier.training import rundir
 from luthier.training.checkpoint import Checkpoint, read_newest, remove_staging
-from luthier.training.environment import describe_environment
+from luthier.training.environment import describe_environment, numeric_differences
 from luthier.training.evaluations import Evaluations
 from luthier.training.events import Listener
-from luthier.training.files import explain_write_error
+from luthier.training.files import MANIFEST
+from luthier.training.finish import finish
 from luthier.training.interrupts import Interrupts
 from luthier.training.loop import Job, train_loop
-from luthier.training.memory import explain_out_of_memory, is_out_of_memory, peak_rss_bytes
+from luthier.training.memory import (
+    explain_out_of_memory,
+    explain_out_of_memory_loading,
+    explain_out_of_memory_resumed,
+    is_out_of_memory,
+)
+from luthier.training.notes import Notes
 from luthier.training.optimizer import Optimizer, check_optimizer, flushed_denormals
 from luthier.training.plan import Plan, make_plan
 from luthier.training.prepare import (
@@ -33,8 +40,9 @@ from luthier.training.prepare import (
     with_absolute_paths,
 )
 from luthier.training.recompute import set_recomputed
-from luthier.training.report import write_report
+from luthier.training.reserve import reopen, reserve, reserve_default
 from luthier.training.result import RunResult
+from luthier.training.run_index import changed_files
 from luthier.training.rundir import RunDir
 
 __all__ = ["RunResult", "resume", "train"]
@@ -52,25 +60,34 @@ def train(config: RunConfig, *, listener: Listener | None = None, overwrite: boo
     config = with_absolute_paths(config)
     check_data_is_there(config)
     check_optimizer(config)
-    path = Path(config.out).expanduser() if config.out else rundir.default_run_dir(config.data)
-    if overwrite:
-        _check_reads_nothing_in(path, config)
-    with rundir.reserve(path, overwrite=overwrite) as run:
-        try:
-            config = config.model_copy(update={"out": str(run.path)})
-            data = read_data(config, listener)
-            plan = _planned(config, data, listener)
-            prepared = read_model(plan.applied(config), data, listener)
+    with _reserve(config, overwrite) as run:
+        config = config.model_copy(update={"out": str(run.path)})
+        data = read_data(config, listener)
+        plan = make_plan(config, data, listener)
+        plan.require_fit()
+        listener.note(plan.line())
+        config = plan.applied(config)
+        with _memory_explained(lambda: explain_out_of_memory_loading(config)):
+            prepared = read_model(config, data, listener)
+        with (
+            _memory_explained(lambda: explain_out_of_memory(config, data.longest)),
+            _running(Notes(run, listener)) as interrupts,
+        ):
+            job = _new_job(run, prepared, data, listener, interrupts)
+            set_recomputed(prepared.model, plan.recompute_layers, first=prepared.frozen_layers)
             if overwrite:
                 run.clear()
-        except BaseException:
-            run.remove_if_unused()
-            raise
-        with _running(prepared, data, listener) as interrupts:
-            job = _new_job(run, prepared, data, listener, interrupts)
-            set_recomputed(prepared.model, plan.recompute_layers)
             _write_beginning(job, plan)
             return _carry_out(job, started)
+
+
+def _reserve(config: RunConfig, overwrite: bool) -> RunDir:
+    if config.out is None:
+        return reserve_default(config.data)
+    path = Path(config.out).expanduser()
+    if overwrite:
+        _check_reads_nothing_in(path, config)
+    return reserve(path, overwrite=overwrite)
 
 
 def _check_reads_nothing_in(out: Path, config: RunConfig) -> None:
@@ -92,52 +109,96 @@ def resume(run_dir: Path | str, *, listener: Listener | None = None, weights_onl
     listener = listener or Listener()
     path = Path(run_dir).expanduser()
     if rundir.is_finished(path):
-        for name in rundir.changed_files(path):
-            listener.note(f"{path / name} is not as the run wrote it.")
-        listener.note(f"{path} is finished; there is nothing to do.")
-        return RunResult.from_file(path / rundir.RESULT)
-    with rundir.reopen(path) as run:
+        return _finished(path, listener)
+    with reopen(path) as run:
+        notes = Notes(run, listener)
         config = make_config(rundir.read_config(path))
         run.remove_leftovers()
         remove_staging(run.checkpoints)
-        checkpoint = read_newest(run.checkpoints, weights_only=weights_only, note=listener.note)
+        checkpoint = read_newest(run.checkpoints, weights_only=weights_only, note=notes.add)
         checkpoint.identity.refuse_other_config(config.model_dump(mode="json"))
         check_data_is_there(config)
         check_optimizer(config)
         data = read_data(config, listener)
         held_out = data.held_out.manifest["sha256"] if data.held_out else None
         checkpoint.identity.refuse_other_data(data.train.manifest["sha256"], held_out)
-        plan = _planned(config, data, listener)
-        prepared = read_model(config, data, listener, checkpoint.identity.refuse_other_base)
-        with _running(prepared, data, listener) as interrupts:
+        plan = make_plan(config, data, listener)
+        _require_fit_resumed(plan, path)
+        listener.note(plan.line())
+        with _memory_explained(lambda: explain_out_of_memory_loading(config)):
+            prepared = read_model(config, data, listener, checkpoint.identity.refuse_other_base)
+        with (
+            _memory_explained(lambda: explain_out_of_memory_resumed(path / rundir.CONFIG, plan.recompute_layers, plan.layers)),
+            _running(notes) as interrupts,
+        ):
             job = _new_job(run, prepared, data, listener, interrupts)
-            set_recomputed(prepared.model, plan.recompute_layers)
-            _restore(job, checkpoint)
+            set_recomputed(prepared.model, plan.recompute_layers, first=prepared.frozen_layers)
+            _restore(job, checkpoint, notes)
+            _note_other_machine(path, notes)
             if weights_only:
-                listener.note(f"going on from the weights of step {job.state.step} with a fresh optimiser.")
+                notes.add(f"going on from the weights of step {job.state.step} with a fresh optimiser.")
             return _carry_out(job, started)
 
 
-def _planned(config: RunConfig, data: RunData, listener: Listener) -> Plan:
-    """The plan of the run, told in one line. Raises PreflightError, naming settings that fit, where it does not fit."""
-    plan = make_plan(config, data, listener)
-    plan.require_fit()
-    listener.note(plan.line())
-    return plan
+def _finished(path: Path, listener: Listener) -> RunResult:
+    """The result of a run that came to its end; files that are not as it wrote them are named."""
+    again = f"To write the results again from the last checkpoint, delete {path / MANIFEST} and resume the run."
+    try:
+        for name in changed_files(path):
+            listener.note(f"{path / name} is not as the run wrote it. {again}")
+    except ValueError as error:
+        listener.note(f"{path}: {error}, so that its files cannot be checked. {again}")
+    listener.note(f"{path} is finished; there is nothing to do.")
+    try:
+        return RunResult.from_file(path / rundir.RESULT)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} {again}") from error
+
+
+def _require_fit_resumed(plan: Plan, path: Path) -> None:
+    """As `Plan.require_fit`, saying what can be done in a run that goes on: its settings are those it began with."""
+    try:
+        plan.require_fit()
+    except PreflightError as error:
+        raise PreflightError(
+            f"{error}\nThat is for a new run. To go on with this one, close other programs or free some disk; "
+            f"or change memory, recompute_layers or keep_checkpoints, and nothing else, in {path / rundir.CONFIG}."
+        ) from error
+
+
+def _note_other_machine(path: Path, notes: Notes) -> None:
+    """Say what is no longer as it was when the run began and decides the last bits of its numbers."""
+    differences = numeric_differences(rundir.read_json(path / rundir.ENVIRONMENT), describe_environment())
+    if differences:
+        notes.add(
+            f"the run goes on under other conditions than it began under ({'; '.join(differences)}): its result may differ "
+            "in the last bits from that of a run never interrupted."
+        )
 
 
 @contextlib.contextmanager
-def _running(prepared: RunModel, data: RunData, listener: Listener) -> Iterator[Interrupts]:
-    """What holds while a job runs: signals are noted, denormals flushed, the caller's random numbers left alone."""
+def _memory_explained(explain: Callable[[], str]) -> Iterator[None]:
+    """Turn a failed allocation into a PreflightError with what explain() says."""
     try:
-        with Interrupts() as interrupts, flushed_denormals() as flushed, torch.random.fork_rng(devices=[]):
-            if not flushed:
-                listener.note("this processor cannot flush denormal numbers; steps may get slower late in a long run.")
-            yield interrupts
-    except (MemoryError, RuntimeError) as error:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
         if not is_out_of_memory(error):
             raise
-        raise PreflightError(explain_out_of_memory(prepared.config, data.longest)) from error
+        raise PreflightError(explain()) from error
+
+
+@contextlib.contextmanager
+def _running(notes: Notes) -> Iterator[Interrupts]:
+    """What holds while a job runs: signals and notices are heard, denormals flushed, the caller's random numbers left alone."""
+    with (
+        Interrupts() as interrupts,
+        heard_by(notes.add),
+        flushed_denormals() as flushed,
+        torch.random.fork_rng(devices=[]),
+    ):
+        if not flushed:
+            notes.add("this processor cannot flush denormal numbers; steps may get slower late in a long run.")
+        yield interrupts
 
 
 def _new_job(run: RunDir, prepared: RunModel, data: RunData, listener: Listener, interrupts: Interrupts) -> Job:
@@ -160,7 +221,7 @@ def _write_beginning(job: Job, plan: Plan) -> None:
 
 
 @torch.no_grad()
-def _restore(job: Job, checkpoint: Checkpoint) -> None:
+def _restore(job: Job, checkpoint: Checkpoint, notes: Notes) -> None:
     """Put weights, optimiser, position and the metrics up to there back."""
     own = dict(job.prepared.trainable)
     if own.keys() != checkpoint.weights.keys():
@@ -174,6 +235,8 @@ def _restore(job: Job, checkpoint: Checkpoint) -> None:
     job.state, job.saved_step = checkpoint.state, checkpoint.state.step
     kept = job.run.rewind_metrics(job.state.step)
     job.evaluations.records = {record["step"]: record for record in kept if record.get("kind") == "eval"}
+    if job.data.held_out is not None and job.state.step > 0 and 0 not in job.evaluations.records:
+        notes.add(f"{rundir.METRICS} has lost the evaluation before training; the result has none.")
 
 
 def _carry_out(job: Job, started: float) -> RunResult:
@@ -188,49 +251,6 @@ def _carry_out(job: Job, started: float) -> RunResult:
         "config": prepared.config.model_dump(mode="json"),
     })  # fmt: skip
     train_loop(job)
-    return _finish(job, started)
-
-
-def _finish(job: Job, started: float) -> RunResult:
-    """Write adapter or model, result, report and, last, the manifest that makes the run finished."""
-    run, prepared = job.run, job.prepared
-    job.listener.stage("writing the results", 0, 0)
-    folder = run.path / (rundir.MODEL if prepared.config.method == "full" else rundir.ADAPTER)
-    try:
-        if prepared.config.method == "full":
-            save_full(prepared.model, folder, prepared.tokenizer)
-        else:
-            save_adapter(prepared.model, folder, base_name=prepared.base_name)
-        result = _result(job, folder, time.perf_counter() - started)
-        run.write_json(rundir.RESULT, result.to_json())
-        write_report(run.path)
-    except OSError as error:
-        raise CheckpointError(explain_write_error(error, run.path)) from error
-    run.seal()
-    job.listener.finish(result)
-    return result
-
-
-def _result(job: Job, folder: Path, total_seconds: float) -> RunResult:
-    state, prepared = job.state, job.prepared
-    full = prepared.config.method == "full"
-    return RunResult(
-        run_dir=str(job.run.path),
-        adapter_dir=None if full else str(folder),
-        model_dir=str(folder) if full else None,
-        report=str(job.run.path / rundir.REPORT),
-        steps=state.step,
-        skipped_steps=state.skipped,
-        tokens=state.tokens,
-        supervised_tokens=state.supervised_tokens,
-        tokens_per_second=state.tokens / state.seconds if state.seconds else 0.0,
-        seconds=state.seconds,
-        total_seconds=total_seconds,
-        loss_first=state.loss_first,
-        loss_last=state.loss_last,
-        peak_rss_bytes=max(state.peak_rss_bytes, peak_rss_bytes()),
-        trainable_parameters=prepared.trainable_parameters,
-        total_parameters=prepared.total_parameters,
-        eval=job.evaluations.result(job.total_steps),
-        samples=job.evaluations.samples(),
-    )
+    if job.frozen is not None:
+        job.frozen.remove()
+    return finish(job, started)

@@ -22,6 +22,7 @@ class RunFiles:
     manifests: dict[str, Any] = field(default_factory=dict)
     result: dict[str, Any] = field(default_factory=dict)
     adapter: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     steps: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
@@ -56,11 +57,8 @@ def read_run_files(run_dir: Path) -> RunFiles:
     files.manifests = _mapping(files, run_dir, "data_manifest.json", json.loads)
     files.result = _mapping(files, run_dir, "result.json", json.loads)
     files.adapter = _mapping(files, run_dir, "adapter/adapter_config.json", json.loads)
-    samples = _read(files, run_dir, "samples.json", json.loads)
-    if isinstance(samples, list):
-        files.samples = [sample for sample in samples if isinstance(sample, dict)]
-    elif samples is not None:
-        files.problems.append("samples.json holds no list")
+    files.notes = [note for note in _list(files, run_dir, "notes.json") if isinstance(note, str)]
+    files.samples = [sample for sample in _list(files, run_dir, "samples.json") if isinstance(sample, dict)]
     _read_metrics(files, run_dir / "metrics.jsonl")
     return files
 
@@ -73,6 +71,13 @@ def _mapping(files: RunFiles, run_dir: Path, name: str, parse: Callable[[str], A
         files.problems.append(f"{name} holds no mapping")
         return {}
     return {str(key): value for key, value in content.items()}
+
+
+def _list(files: RunFiles, run_dir: Path, name: str) -> list[Any]:
+    content = _read(files, run_dir, name, json.loads)
+    if content is not None and not isinstance(content, list):
+        files.problems.append(f"{name} holds no list")
+    return content if isinstance(content, list) else []
 
 
 def _read(files: RunFiles, run_dir: Path, name: str, parse: Callable[[str], Any]) -> Any:

@@ -1,30 +1,20 @@
-"""The directory of a run: its files, its lock, and reading it back."""
+"""The directory of a run that a process has locked: its files, written and read."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-import tempfile
-import time
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from luthier.errors import CheckpointError, ConfigError, PreflightError
-from luthier.training.checkpoint import checkpoint_paths
-from luthier.training.files import (
-    MANIFEST,
-    explain_write_error,
-    fsync_path,
-    read_manifest,
-    remove_tree,
-    sha256_of,
-    to_json,
-    write_atomically,
-    write_manifest,
-)
-from luthier.training.lock import LOCK_FILE, RunLock, is_locked
+from luthier.disk import STAGING_PREFIX, flush, remove_tree, write_atomically
+from luthier.errors import CheckpointError
+from luthier.training.files import MANIFEST, explain_write_error, to_json, write_manifest
+from luthier.training.lock import LOCK_FILE, RunLock
 
 CONFIG = "config.resolved.yaml"
 ENVIRONMENT = "env.json"
@@ -32,29 +22,45 @@ DATA_MANIFEST = "data_manifest.json"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.json"
 PLAN = "plan.json"
+NOTES = "notes.json"
 RESULT = "result.json"
 REPORT = "report.html"
 CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
 MODEL = "model"
+PLOTS = "plots"
+FROZEN = "frozen"
+NAMES = frozenset(
+    {CONFIG, ENVIRONMENT, DATA_MANIFEST, METRICS, SAMPLES, PLAN, NOTES, RESULT, REPORT, CHECKPOINTS, ADAPTER, MODEL, PLOTS}
+    | {FROZEN, MANIFEST, LOCK_FILE}
+)
+# What a save leaves that was killed: while it wrote, and between its two renames.
+LEFTOVERS = (STAGING_PREFIX, f".{ADAPTER}.", f".{MODEL}.")
+# The order in which a run is deleted: what makes it a finished one first, what makes it a run last. Whatever is left
+# when that is cut short is no other run than it was, and can be overwritten.
+CLEARED_FIRST = (MANIFEST, RESULT, CHECKPOINTS)
+CLEARED_LAST = (ENVIRONMENT, CONFIG)
 
 
 class RunDir:
-    """A run directory that this process has locked. `with` releases the lock.
+    """A run directory that this process has locked. `with` releases the lock, and removes the directory if this process
+    made it and wrote nothing into it.
 
-    Made by `reserve` for a new run or `reopen` for one that goes on.
+    Made by `reserve` or `reserve_default` for a new run, by `reopen` for one that goes on; see reserve.py.
     """
 
-    def __init__(self, path: Path, lock: RunLock, created: bool = False):
+    def __init__(self, path: Path, lock: RunLock, made: list[Path]):
         self.path = path
         self._lock = lock
-        self._created = created
+        self._made = made
 
     def __enter__(self) -> RunDir:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
+        if self.path in self._made:
+            remove_empty(self._made)
 
     @property
     def checkpoints(self) -> Path:
@@ -88,7 +94,7 @@ class RunDir:
         path = self.path / METRICS
         try:
             path.touch()
-            fsync_path(path)
+            flush(path)
         except OSError as error:
             raise CheckpointError(explain_write_error(error, path)) from error
 
@@ -98,97 +104,60 @@ class RunDir:
         self.write_text(METRICS, "".join(json.dumps(record) + "\n" for record in kept))
         return kept
 
+    def add_note(self, text: str) -> None:
+        """Add a sentence to notes.json, once. Raises CheckpointError if the disk refuses."""
+        kept = read_notes(self.path)
+        if text not in kept:
+            self.write_json(NOTES, [*kept, text])
+
     def clear(self) -> None:
-        """Delete everything in the directory but the lock. Raises CheckpointError if something cannot be deleted."""
+        """Delete all that a run has written, the configuration last, and keep the lock.
+
+        Raises CheckpointError if something cannot be deleted.
+        """
         try:
-            for entry in self.path.iterdir():
-                if entry.is_dir() and not entry.is_symlink():
-                    remove_tree(entry)
-                elif entry.name != LOCK_FILE:
-                    entry.unlink()
+            for name in sorted(names_in(self.path), key=_when_cleared):
+                if name == CONFIG:
+                    flush(self.path)
+                if name != LOCK_FILE and is_a_runs(name):
+                    _delete(self.path / name)
         except OSError as error:
-            raise CheckpointError(f"{self.path} must be deletable to be overwritten; {error}.") from error
+            raise CheckpointError(
+                f"{self.path} must be deletable to be overwritten; {error}. Change its permissions, or choose another --out."
+            ) from error
 
     def remove_leftovers(self) -> None:
-        """Delete what an interrupted save has left: hidden files and folders other than the lock."""
-        for entry in self.path.glob(".*"):
-            if entry.is_dir():
-                remove_tree(entry)
-            elif entry.name != LOCK_FILE:
-                entry.unlink()
-
-    def remove_if_unused(self) -> None:
-        """Remove the directory again if this process made it and wrote nothing into it."""
-        if self._created and [entry.name for entry in self.path.iterdir()] == [LOCK_FILE]:
-            (self.path / LOCK_FILE).unlink()
-            self.path.rmdir()
+        """Delete what an interrupted save has left beside checkpoints. Raises CheckpointError if that cannot be deleted."""
+        try:
+            for folder in (self.path, self.path / PLOTS):
+                for name in names_in(folder) if folder.is_dir() else ():
+                    if name.startswith(LEFTOVERS):
+                        _delete(folder / name)
+        except OSError as error:
+            raise CheckpointError(
+                f"what an interrupted save has left in {self.path} must be deletable; {error}. Change its permissions."
+            ) from error
 
     def seal(self) -> None:
         """Write MANIFEST.json over all files but the checkpoints, which have their own. A run with it is finished."""
-        files = [path for path in self.path.rglob("*") if path.is_file() and self._is_sealed(path.relative_to(self.path))]
         try:
+            files = [path for path in self.path.rglob("*") if path.is_file() and self._is_sealed(path.relative_to(self.path))]
             for path in (*files, *{path.parent for path in files}):
-                fsync_path(path)
+                flush(path)
             write_manifest(self.path, files, {"kind": "luthier run", "format": 1})
         except OSError as error:
             raise CheckpointError(explain_write_error(error, self.path)) from error
 
     def _is_sealed(self, name: Path) -> bool:
-        return name.parts[0] not in (CHECKPOINTS, MANIFEST) and not name.parts[0].startswith(".")
-
-
-def default_run_dir(data: str) -> Path:
-    """runs/<date>-<time>-<data>, with a number at the end where that is taken."""
-    base = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(data).stem}"
-    path, number = base, 2
-    while path.exists():
-        path, number = base.with_name(f"{base.name}-{number}"), number + 1
-    return path
-
-
-def reserve(path: Path, *, overwrite: bool) -> RunDir:
-    """Make and lock the directory of a new run, and find out that it can be written to.
-
-    overwrite: a run that is there already may be replaced, but only a run, and only by `RunDir.clear`, when the new one is
-    ready to begin. Raises ConfigError if something is there that may not be replaced, PreflightError if nothing can
-    be written there, CheckpointError if another process works on it.
-    """
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"--out must be a folder; {path} is a file. Choose another name.")
-    is_run = (path / CONFIG).exists()
-    if path.is_dir() and any(entry.name != LOCK_FILE for entry in path.iterdir()):
-        if not is_run:
-            raise ConfigError(f"--out must be a new or empty folder; {path} holds other files. Choose another name.")
-        if not overwrite:
-            raise ConfigError(
-                f"--out must be a new or empty folder; {path} already holds a run. Go on with `luthier resume {path}`, "
-                "replace it with --overwrite, or choose another name."
-            )
-    created = not path.exists()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path) as probe:
-            probe.write(b"\0" * 4096)
-        return RunDir(path, RunLock(path), created)
-    except OSError as error:
-        raise PreflightError(
-            f"the run directory must be writable; {path}: {error.strerror}. Choose another folder with --out."
-        ) from error
-
-
-def reopen(path: Path) -> RunDir:
-    """Lock the directory of a run that was started before. Raises CheckpointError if it is none or is in use."""
-    if not (path / CONFIG).is_file():
-        raise CheckpointError(f"a run directory holds {CONFIG}; {path} does not. `luthier runs ls` lists the runs there are.")
-    try:
-        return RunDir(path, RunLock(path))
-    except OSError as error:
-        raise CheckpointError(f"the run directory must be writable; {path}: {error.strerror}.") from error
+        return name.parts[0] not in (CHECKPOINTS, MANIFEST) and not any(part.startswith(".") for part in name.parts)
 
 
 def is_finished(path: Path) -> bool:
     """Whether the run in `path` came to its end."""
-    return (path / RESULT).is_file() and (path / MANIFEST).is_file()
+    try:
+        return (path / RESULT).is_file() and (path / MANIFEST).is_file()
+    except OSError:
+        return False
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -201,6 +170,23 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [record for record in records if isinstance(record.get("step"), int)]
 
 
+def read_notes(path: Path) -> list[str]:
+    """The sentences of a run's notes.json; none where it is missing or damaged."""
+    try:
+        content = json.loads((path / NOTES).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return []
+    return [text for text in content if isinstance(text, str)] if isinstance(content, list) else []
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's JSON object, or an empty one where it is missing or holds none."""
+    try:
+        return _parsed(path.read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return {}
+
+
 def _parsed(text: str) -> dict[str, Any]:
     """A JSON object, or an empty one where `text` is none."""
     try:
@@ -208,13 +194,6 @@ def _parsed(text: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _json_file(path: Path) -> dict[str, Any]:
-    try:
-        return _parsed(path.read_text(encoding="utf-8", errors="replace"))
-    except OSError:
-        return {}
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -228,58 +207,35 @@ def read_config(path: Path) -> dict[str, Any]:
     return content
 
 
-def list_runs(root: Path) -> list[dict[str, Any]]:
-    """One summary a run directory in `root`, newest first: what `read_run` gives without config, result, environment,
-    data and checkpoints. A directory that cannot be read has status "damaged"."""
-    if not root.is_dir():
-        return []
-    summaries = []
-    for path in root.iterdir():
-        if not (path / CONFIG).is_file():
-            continue
-        try:
-            summary = read_run(path)
-        except CheckpointError:
-            summary = {"run_dir": str(path), "status": "damaged", "started": None}
-        summaries.append({key: value for key, value in summary.items() if key not in DETAILS})
-    return sorted(summaries, key=lambda summary: (summary["started"] or "", summary["run_dir"]), reverse=True)
+def is_a_beginning(names: list[str]) -> bool:
+    """Whether files so named, none of which is the configuration, are what a run leaves that was killed while it began."""
+    visible = [name for name in names if not name.startswith(".")]
+    return all(map(is_a_runs, names)) and (not visible or ENVIRONMENT in visible)
 
 
-DETAILS = ("config", "result", "environment", "data_manifest", "checkpoints")
+def is_a_runs(name: str) -> bool:
+    return name in NAMES or name.startswith(LEFTOVERS)
 
 
-def read_run(path: Path) -> dict[str, Any]:
-    """What a run was asked to do and how far it came, JSON-able.
-
-    Keys: run_dir, status (finished, running, interrupted), started (ISO time), model, data, method, steps, loss_last,
-    seconds, eval; and the whole of config, result, environment, data_manifest, checkpoints.
-    Raises CheckpointError if `path` is no run directory.
-    """
-    config = read_config(path)
-    result = _json_file(path / RESULT) if is_finished(path) else {}
-    environment = _json_file(path / ENVIRONMENT)
-    steps = [record for record in read_metrics(path) if record.get("kind") == "step"]
-    last = steps[-1] if steps else {}
-    status = "finished" if result else "running" if is_locked(path) else "interrupted"
-    return {
-        "run_dir": str(path), "status": status, "started": environment.get("started"),
-        "model": config.get("model"), "data": config.get("data"), "method": config.get("method"),
-        "steps": last.get("step", 0), "loss_last": last.get("loss"),
-        "seconds": sum(record.get("seconds", 0.0) for record in steps), "eval": result.get("eval"),
-        "config": config, "result": result or None, "environment": environment,
-        "data_manifest": _json_file(path / DATA_MANIFEST),
-        "checkpoints": [str(one) for one in checkpoint_paths(path / CHECKPOINTS)],
-    }  # fmt: skip
+def remove_empty(folders: list[Path]) -> None:
+    """Remove folders that this process has made, innermost first, as far as nothing is in them."""
+    with contextlib.suppress(OSError):
+        for folder in reversed(folders):
+            folder.rmdir()
 
 
-def changed_files(path: Path) -> list[str]:
-    """Files of a finished run that do not match its MANIFEST.json. Raises CheckpointError if that is damaged."""
-    try:
-        listed = read_manifest(path)["files"]
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(f"a finished run has a whole {MANIFEST}; {path}: {error}.") from error
-    return [name for name, facts in listed.items() if not _matches(path / name, facts)]
+def names_in(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
 
 
-def _matches(path: Path, facts: Mapping[str, Any]) -> bool:
-    return path.is_file() and path.stat().st_size == facts["bytes"] and sha256_of(path) == facts["sha256"]
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        remove_tree(path)
+    else:
+        path.unlink()
+
+
+def _when_cleared(name: str) -> int:
+    if name in CLEARED_FIRST:
+        return CLEARED_FIRST.index(name) - len(CLEARED_FIRST)
+    return 1 + CLEARED_LAST.index(name) if name in CLEARED_LAST else 0

@@ -13,7 +13,7 @@ SMOOTHING = 0.9
 # Keys that may change between a run and its resumption: places, and how often something is written or looked at.
 # Data and model may have moved; what they hold is compared by sha256 and fingerprint.
 FREE_KEYS = frozenset(
-    {"data", "eval_data", "model", "out", "offline", "memory", "recompute_layers"}
+    {"data", "eval_data", "model", "out", "offline", "memory", "recompute_layers", "data_cache"}
     | {"eval_every", "save_every", "keep_checkpoints"}
 )
 
@@ -26,6 +26,7 @@ class TrainState:
     step: int = 0
     examples: int = 0
     tokens: int = 0
+    computed_tokens: int = 0
     supervised_tokens: int = 0
     seconds: float = 0.0
     skipped: int = 0
