@@ -17,12 +17,16 @@ import itertools
 import json
 import math
 import statistics
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from common import describe_machine, run_part, write_json
+
+# Libraries look for a package called `kernels`; a script of that name lies in this folder.
+sys.path.remove(str(Path(__file__).resolve().parent))
 
 FORMATS = ("bf16", "int4", "fp4", "nf4", "nf4 double")
 METHODS = ("full", "lora", "qlora")
