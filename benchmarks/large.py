@@ -75,7 +75,9 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     from luthier.adapters import AdapterSpec, attach, trainable_parameters
     from luthier.kernels import probe
     from luthier.linear import count_numbers
+    from luthier.training.allocator import set_freed_memory_kept
 
+    set_freed_memory_kept(False)  # as in a run whose layers are recomputed
     started = time.perf_counter()
     model = build(SHAPES[name] | ({"num_hidden_layers": options.layers} if options.layers else {}))
     parameters = count_numbers(model)

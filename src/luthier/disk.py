@@ -43,9 +43,8 @@ def staged_file(target: Path) -> Iterator[Path]:
 
     At every moment `target` is the old file or the new one, whole. Raises OSError where the disk refuses anything.
     """
-    staged = target.with_name(f"{STAGING_PREFIX}{target.name}")
+    staged = target.with_name(f"{STAGING_PREFIX}{target.name}-{secrets.token_hex(4)}")
     try:
-        staged.unlink(missing_ok=True)
         yield staged
         flush(staged)
         os.replace(staged, target)

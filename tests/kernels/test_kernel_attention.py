@@ -105,14 +105,30 @@ def test_a_prefix_equals_the_documents_with_it_written_out():
 
 
 def test_large_packs_are_handled_in_rounds_of_heads():
-    """Turned keys of all 32 heads would take more than a round's memory."""
-    lengths = [1] * 100
-    starts = starts_of(lengths)
-    q, k, v = tensors(100, 32, 32, 128)
-    got = values_and_gradients(lambda q, k, v: attention.packed_attention(q, k, v, starts, 0.1), [q, k, v])
-    assert torch.allclose(got[0], v, atol=1e-6)
-    assert torch.equal(got[1], torch.zeros_like(q)) or float(got[1].abs().max()) < 1e-5
-    assert torch.allclose(got[3], torch.randn(q.shape, generator=torch.Generator().manual_seed(5)), atol=1e-6)
+    """Every segment takes whole tiles of 64 keys, so the turned keys of all 6 heads are more than a round holds."""
+    lengths = [67, *[3, 9, 1, 5, 2, 0, 8, 4] * 12]
+    parents = torch.tensor([-1 if n % 5 == 0 else n - 1 - n % 3 for n in range(len(lengths))])
+    starts, scale = starts_of(lengths), 512**-0.5
+    tiles = sum(-(-length // 64) for length in lengths)
+    assert tiles * 64 * 512 * 4 * 6 > 48 * 2**20
+    assert_close_to_float64(
+        lambda q, k, v: attention.packed_attention(q, k, v, starts, scale, parents=parents),
+        lambda q, k, v: exact(q, k, v, starts, scale, parents=parents),
+        tensors(int(starts[-1]), 12, 6, 512),
+    )
+
+
+def test_keys_that_never_count_do_not_spoil_the_tiles_behind_them():
+    q, k, v = tensors(200, 2, 1, 16)
+    q[..., 0] = 1.0
+    k[:64, :, 0] = -torch.inf
+    starts = starts_of([200])
+    expected = exact(q.double(), k.double(), v.double(), starts, 0.25)
+    for mode in native.MODES:
+        with native.forced(mode):
+            out = attention.packed_attention(q, k, v, starts, 0.25)
+        assert out[:64].isnan().all()
+        assert torch.allclose(out[64:], expected[64:].float(), atol=1e-5)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -162,6 +178,9 @@ def test_bad_arguments_are_named():
         attention.packed_attention(q, k, v, starts, 0.25, window=0)
     with pytest.raises(ShapeError, match=r"softcap must be above 0"):
         attention.packed_attention(q, k, v, starts, 0.25, softcap=-1.0)
+    for bad in (float("inf"), float("nan")):
+        with pytest.raises(ShapeError, match=r"softcap must be above 0 and finite, or None for no cap; got (inf|nan)"):
+            attention.packed_attention(q, k, v, starts, 0.25, softcap=bad)
 
 
 def test_ops_have_honest_schemas_and_fakes():

@@ -195,6 +195,54 @@ def test_bad_arguments_are_named():
         elementwise.rotary_(q.transpose(0, 1), q.clone(), torch.ones(2, 8), torch.ones(2, 8))
 
 
+def misaligned(*shape: int) -> torch.Tensor:
+    count = torch.Size(shape).numel()
+    return torch.frombuffer(bytearray(4 * count + 4), dtype=torch.float32, offset=1, count=count).view(shape)
+
+
+def test_rows_whose_elements_or_heads_lie_apart_are_refused():
+    cos, sin = tables(3, 8)
+    apart = torch.randn(3, 1, 16)[..., ::2]
+    crossed = torch.randn(3, 8, 2).transpose(1, 2)
+    with native.forced("native"):
+        for bad in (apart, crossed, torch.randn(3, 4, 8)[:, ::2]):
+            with pytest.raises(ShapeError, match=r"q must be \(T, heads, D\) with contiguous rows"):
+                torch.ops.luthier.rotary_(bad, torch.randn(3, 1, 8), cos, sin, False)
+            with pytest.raises(ShapeError, match=r"x must be \(T, heads, D\) with contiguous rows"):
+                torch.ops.luthier.rotary(bad, cos, sin, False)
+        one_head = torch.randn(3, 2, 8)[:, :1]
+        assert torch.allclose(torch.ops.luthier.rotary(one_head, cos, sin, False), exact_rotary(one_head, cos, sin), atol=1e-6)
+
+
+def test_rows_that_overlap_are_read_but_not_turned_in_place():
+    cos, sin = tables(3, 8)
+    for shared in (torch.randn(1, 2, 8).expand(3, 2, 8), torch.randn(32).as_strided((3, 2, 8), (8, 8, 1))):
+        with native.forced("native"):
+            turned = torch.ops.luthier.rotary(shared, cos, sin, False)
+            assert torch.allclose(turned, exact_rotary(shared, cos, sin), atol=1e-6)
+            with pytest.raises(ShapeError, match=r"q is turned in place, so its rows must not overlap; got strides"):
+                torch.ops.luthier.rotary_(shared, torch.randn(3, 2, 8), cos, sin, False)
+
+
+def test_nothing_is_turned_before_everything_is_checked():
+    cos, sin = tables(3, 8)
+    q = torch.randn(3, 2, 8)
+    before = q.clone()
+    for k in (torch.randn(2, 1, 8), torch.randn(3, 1, 6), torch.randn(3, 1, 8).double(), misaligned(3, 1, 8)):
+        with native.forced("native"), pytest.raises(ShapeError):
+            torch.ops.luthier.rotary_(q, k, cos, sin, False)
+        assert torch.equal(q, before)
+
+
+def test_addresses_off_their_elements_are_refused():
+    cos, sin = tables(3, 8)
+    with native.forced("native"):
+        with pytest.raises(ShapeError, match=r"x must be aligned to its 4-byte elements"):
+            torch.ops.luthier.rotary(misaligned(3, 2, 8), cos, sin, False)
+        with pytest.raises(ShapeError, match=r"up must be aligned to its 4-byte elements"):
+            elementwise.swiglu(torch.randn(3, 8), misaligned(3, 8))
+
+
 def test_ops_have_honest_schemas_and_fakes():
     ops = torch.ops.luthier
     x, w = torch.randn(4, 16), torch.randn(16)

@@ -136,6 +136,8 @@ def test_bad_arguments_are_named(problem):
         head.linear_cross_entropy(hidden, stored, targets.clone().index_fill_(0, torch.tensor([1]), -100))
     with pytest.raises(ShapeError, match=r"softcap must be above 0"):
         head.linear_cross_entropy(hidden, stored, targets, softcap=0.0)
+    with pytest.raises(ShapeError, match=r"softcap must be above 0 and finite, or None for no cap; got inf"):
+        head.linear_cross_entropy(hidden, stored, targets, softcap=float("inf"))
     with pytest.raises(ShapeError, match=r"label_smoothing must be in \[0, 1\); got 1\.0"):
         head.linear_cross_entropy(hidden, stored, targets, label_smoothing=1.0)
 

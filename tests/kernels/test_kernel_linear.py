@@ -21,6 +21,7 @@ from luthier.kernels.linear_ops import (
     outer_op,
     rows_op,
 )
+from luthier.kernels.quantize import quantize_gguf
 from luthier.kernels.storage import KINDS as NUMBERED_KINDS
 
 # (T, out, in, rank): one token, few, a ragged sliver, several panels, ranks beside the panel's width, two blocks of rows,
@@ -101,6 +102,45 @@ def test_long_contractions_keep_the_error_bound(in_features):
         assert relative_error(got, want) <= 2e-6 * (in_features / 1000) ** 0.5
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_token_with_a_mean_far_above_its_spread_keeps_the_error_bound(kind):
+    torch.manual_seed(1)
+    storage = random_storage(kind, 64, 4096)
+    x = 100 + torch.randn(1, 4096)
+    want = x.double() @ dequantize_reference(storage).double().T
+    assert relative_error(kernels.frozen_linear(x, storage), want) <= 2e-6 * 4.096**0.5
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q4_K"])
+def test_one_token_with_a_mean_and_weights_about_zero_keeps_the_error_bound(kind):
+    torch.manual_seed(1)
+    storage = kernels.Storage(kind.lower(), (64, 4096), quantize_gguf(torch.randn(64, 4096), kind))
+    x = 100 + torch.randn(1, 4096)
+    want = x.double() @ dequantize_reference(storage).double().T
+    assert relative_error(kernels.frozen_linear(x, storage), want) <= 2e-6 * 4.096**0.5
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "q5_0"])
+def test_one_token_of_equal_values_keeps_the_error_bound(kind):
+    storage = random_storage(kind, 64, 4096)
+    x = torch.full((1, 4096), 1e4 / 3)
+    want = x.double() @ dequantize_reference(storage).double().T
+    assert relative_error(kernels.frozen_linear(x, storage), want) <= 2e-6 * 4.096**0.5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
+def test_one_token_that_is_not_finite_gives_what_the_dequantised_matrix_gives(kind, bad):
+    torch.manual_seed(2)
+    storage = random_storage(kind, 64, 512)
+    x = torch.randn(1, 512)
+    x[0, 300] = bad
+    got, want = kernels.frozen_linear(x, storage), x.double() @ dequantize_reference(storage).double().T
+    assert torch.equal(got.isnan(), want.isnan())
+    assert torch.equal(got.nan_to_num(), want.float().nan_to_num())
+    assert not got.isfinite().any()
+
+
 @pytest.mark.parametrize("kind", ["f32", "bf16", "nf4-double", "q4_k"])
 @pytest.mark.parametrize("tokens", [2, 70])
 def test_results_do_not_depend_on_the_number_of_threads(kind, tokens):
@@ -178,6 +218,35 @@ def test_leading_dimensions_and_empty_batches():
     y = kernels.frozen_linear(x, storage)
     assert y.shape == (0, 5)
     assert torch.autograd.grad(y.sum(), x)[0].shape == (0, 64)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+def test_factors_of_any_layout_are_taken_with_and_without_gradients(tokens):
+    torch.manual_seed(0)
+    x, storage = torch.randn(tokens, 64), random_storage("bf16", 20, 64)
+    bias, A, B = torch.randn(40)[::2], torch.randn(64, 4).T, torch.randn(4, 20).T
+    want = kernels.frozen_linear(x, storage, bias.contiguous(), Term(A.contiguous(), B.contiguous(), 0.5))
+    assert torch.equal(kernels.frozen_linear(x, storage, bias, Term(A, B, 0.5)), want)
+    leaves = [tensor.detach().requires_grad_() for tensor in (x, bias, A, B)]
+    y = kernels.frozen_linear(leaves[0], storage, leaves[1], Term(leaves[2], leaves[3], 0.5))
+    assert torch.equal(y, want)
+    for leaf, gradient in zip(leaves, torch.autograd.grad(y.sum(), leaves), strict=True):
+        assert gradient.shape == leaf.shape
+
+
+@pytest.mark.parametrize("shape", [(1, 6), (6, 1), (5, 6)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_a_transposed_matrix_are_a_copy(shape, dtype):
+    weight = torch.randn(shape).to(dtype)
+    storage, before = kernels.Storage.dense(weight, transposed=True), weight.clone()
+    ids = torch.arange(shape[1])
+    for mode in native.MODES:
+        with native.forced(mode):
+            for got in (kernels.dequantize(storage), kernels.rows(storage, ids)):
+                assert got.is_contiguous()
+                assert torch.equal(got, before.T.float())
+                got.zero_()
+                assert torch.equal(weight, before)
 
 
 def test_x_that_is_no_leaf_of_interest_gets_no_gradient():

@@ -15,7 +15,7 @@ import torch
 
 from luthier import kernels
 from luthier.errors import ConfigError, ShapeError
-from luthier.kernels import native, probe, registry
+from luthier.kernels import attention, native, probe, registry
 from luthier.kernels.linear_native import Matrix
 from luthier.kernels.storage import KINDS
 
@@ -98,6 +98,8 @@ def test_the_library_refuses_what_the_binding_should_have():
         ("lt_gated_backward", [0, None, None, 8, None, 8, 3, 8, None, None, 1]),
         ("lt_nf4_quantize", [None, 0, 64, None, None, 1]),
         ("lt_gguf_quantize", [None, 0, 1, 0, None, 1]),
+        ("lt_attention_forward", [None, None, None, None, None, None, 1]),
+        ("lt_attention_backward", [None, None, None, None, None, None, None, None, None, None, 1]),
         ("lt_fma_peak", [10, 1, None]),
         ("lt_read_bandwidth", [None, 10, 1, None]),
     ],
@@ -107,6 +109,22 @@ def test_entries_refuse_null_pointers(entry, arguments):
     function = native.library()[entry]
     function.argtypes = [types[type(value)] for value in arguments]
     assert function(*arguments) == native.STATUS_BAD_ARGUMENT
+
+
+@pytest.mark.parametrize(("entry", "pointers"), [("lt_attention_forward", 5), ("lt_attention_backward", 9)])
+def test_attention_refuses_each_null_pointer_unless_the_pack_is_empty(entry, pointers):
+    starts, parents, room = torch.tensor([0, 3]), torch.tensor([-1]), torch.zeros(3 * 16)
+    function = native.library()[entry]
+    function.argtypes = [c_void_p] * (pointers + 1) + [c_int64]
+
+    def status(starts: torch.Tensor, *absent: int) -> int:
+        pack = attention._Attention(1, 1, 16, 0.25, 0.0, 0, 1, starts.data_ptr(), parents.data_ptr())
+        addresses = [None if i in absent else room.data_ptr() for i in range(pointers)]
+        return function(ctypes.addressof(pack), *addresses, 1)
+
+    for absent in range(pointers):
+        assert status(starts, absent) == native.STATUS_BAD_ARGUMENT
+    assert status(torch.zeros_like(starts), *range(pointers)) == native.STATUS_OK
 
 
 @pytest.mark.parametrize(

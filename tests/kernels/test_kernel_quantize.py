@@ -153,6 +153,34 @@ def test_a_scale_beyond_float16_is_an_error():
         quantize.quantize_gguf(torch.full((1, 256), 1e8), "Q4_0")
 
 
+@pytest.mark.parametrize(("kind", "value"), [("Q4_1", 1e5), ("Q4_1", -1e5), ("Q4_K", -5e6)])
+def test_a_minimum_beyond_float16_is_an_error(kind, value):
+    """Weights that are all equal have a scale of zero, so that the minimum alone overflows."""
+    for mode in native.MODES:
+        with (
+            native.forced(mode),
+            pytest.raises(NumericError, match=r"scales and minima are float16, at most 65504; got a weight"),
+        ):
+            quantize.quantize_gguf(torch.full((1, 256), value), kind)
+
+
+def test_ops_called_past_the_front_end_check_what_they_quantise():
+    gguf_op, nf4_op = torch.ops.luthier.gguf_quantize, torch.ops.luthier.nf4_quantize
+    with native.forced("native"):
+        for shape in ((64, 33), (4, 288), (1024,), (2, 2, 256)):
+            with pytest.raises(ShapeError, match=r"Q4_K holds rows in blocks of 256"):
+                gguf_op(torch.zeros(shape), "Q4_K")
+        with pytest.raises(ShapeError, match=r"Q4_0 holds rows in blocks of 32.*got \(64, 33\)"):
+            gguf_op(torch.zeros(64, 33), "Q4_0")
+        with pytest.raises(ConfigError, match=r"got 'Q9_0'"):
+            gguf_op(torch.zeros(4, 32), "Q9_0")
+        for call in (lambda w: gguf_op(w, "Q4_0"), nf4_op):
+            with pytest.raises(ShapeError, match=r"must be float32, bfloat16 or float16; got torch\.float64"):
+                call(torch.zeros(4, 32, dtype=torch.float64))
+            with pytest.raises(ShapeError, match=r"must not be empty; got \(0, 32\)"):
+                call(torch.zeros(0, 32))
+
+
 def test_bad_arguments_are_named():
     with pytest.raises(ShapeError, match=r"must be float32, bfloat16 or float16; got torch\.float64"):
         quantize.quantize_nf4(torch.zeros(4, dtype=torch.float64))

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
+import json
+import logging
+import weakref
 from pathlib import Path
 
 import pytest
@@ -28,8 +32,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: write_tiny(root / family, family) for family in FAMILIES}
 
 
-def adapted(folder: Path, **spec) -> nn.Module:
-    model = load(str(folder)).model
+def adapted(folder: Path, base: str | None = None, **spec) -> nn.Module:
+    model = load(str(folder), base=base).model
     attach(model, AdapterSpec(rank=4, **spec), seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -47,13 +51,12 @@ def rows() -> list[Tensor]:
     return texts
 
 
-def padded(side: str) -> dict[str, Tensor]:
+def padded(side: str = "right") -> dict[str, Tensor]:
     batch = {name: torch.full((3, 44), fill) for name, fill in (("input_ids", 0), ("attention_mask", 0), ("labels", -100))}
     for row, text in enumerate(rows()):
         places = slice(0, len(text)) if side == "right" else slice(44 - len(text), 44)
         batch["input_ids"][row, places] = batch["labels"][row, places] = text
         batch["attention_mask"][row, places] = 1
-        batch["labels"][row, places.start] = -100  # after padding on the left, what predicts it is no text
     return batch
 
 
@@ -88,10 +91,28 @@ def assert_same(model: nn.Module, batch: dict[str, Tensor], *, blocks: bool = Tr
         assert (got[name] - gradient).norm() <= 2e-5 * gradient.norm(), name
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_padded_batches(folders: dict[str, Path], family: str, side: str) -> None:
-    assert_same(adapted(folders[family]), padded(side))
+def test_padded_batches(folders: dict[str, Path], family: str) -> None:
+    assert_same(adapted(folders[family]), padded())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_layers_that_are_recomputed(folders: dict[str, Path], family: str) -> None:
+    model = adapted(folders[family])
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_same(model, padded())
+
+
+@pytest.mark.parametrize("base", ["nf4", "bf16"])
+def test_other_storages(folders: dict[str, Path], base: str) -> None:
+    assert_same(adapted(folders["llama"], base=base), padded())
+
+
+def test_padding_on_the_left_is_left_to_the_model(folders: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="luthier"):
+        assert_same(adapted(folders["llama"]), padded("left"), blocks=False)
+    assert "a call runs as Transformers' modules: its mask leaves out tokens before the end of a row" in caplog.text
 
 
 def test_rows_end_to_end(folders: dict[str, Path]) -> None:
@@ -112,12 +133,12 @@ def test_padding_is_not_computed_and_beginnings_once(folders: dict[str, Path]) -
     seen = []
     original = model.model.embed_tokens.forward
     model.model.embed_tokens.forward = lambda ids: seen.append(ids.numel()) or original(ids)
-    model(**padded("right"))
+    model(**padded())
     assert max(seen) == sum(LENGTHS) - 10
 
 
 def test_holes_in_a_mask_are_left_to_the_model(folders: dict[str, Path]) -> None:
-    batch = padded("right")
+    batch = padded()
     batch["attention_mask"][0, 5:8] = 0
     assert_same(adapted(folders["llama"]), batch, blocks=False)
 
@@ -133,8 +154,44 @@ def test_caches_hidden_states_and_inference_are_the_models_own(folders: dict[str
     assert calls() == before
 
 
+def test_what_the_blocks_would_compute_otherwise_is_the_models_own(folders: dict[str, Path], tmp_path: Path) -> None:
+    model, batch = adapted(folders["llama"]), padded()
+    assert_same(model, {**batch, "is_causal": False}, blocks=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = calls()
+        model(**batch)
+        assert calls() == before
+    noise = model.model.embed_tokens.register_forward_hook(lambda _module, _inputs, output: output * 1.5)
+    assert_same(model, batch, blocks=False)
+    noise.remove()
+    assert_same(model, batch)
+    config = json.loads((folders["llama"] / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    folder = write_tiny(tmp_path / "dynamic", "llama")
+    (folder / "config.json").write_text(json.dumps(config))
+    assert_same(adapted(folder), batch, blocks=False)
+
+
+def test_a_loop_of_ones_own_gets_a_cache_outside_training(folders: dict[str, Path]) -> None:
+    model, ids = adapted(folders["llama"]).eval(), rows()[0][None]
+    whole = model(input_ids=ids).logits[:, -1]
+    first = model(input_ids=ids[:, :-1])
+    assert torch.allclose(model(input_ids=ids[:, -1:], past_key_values=first.past_key_values).logits[:, -1], whole, atol=1e-4)
+
+
+def test_a_model_is_freed_when_it_is_let_go_of(folders: dict[str, Path]) -> None:
+    model = load(str(folders["llama"])).model
+    body = weakref.ref(model.model)
+    gc.disable()
+    try:
+        del model
+        assert body() is None
+    finally:
+        gc.enable()
+
+
 def test_a_copy_uses_its_own_weights(folders: dict[str, Path]) -> None:
-    model, batch = adapted(folders["llama"]), padded("right")
+    model, batch = adapted(folders["llama"]), padded()
     twin = copy.deepcopy(model)
     with torch.no_grad():
         for _, parameter in trainable_parameters(twin):

@@ -24,7 +24,7 @@ from luthier.models.packed import packed_inputs, shares_prefixes
 from luthier.training import frozen_cache, loop
 from luthier.training.depth import Frozen
 from luthier.training.events import Listener
-from luthier.training.frozen_cache import FACTS, VECTORS, FrozenCache, open_frozen_cache
+from luthier.training.frozen_cache import FACTS, VECTORS, FrozenCache, open_frozen_cache, remove_frozen
 from luthier.training.plan import plan_run
 from luthier.training.run import resume, train
 from luthier.units import size_text
@@ -70,7 +70,8 @@ def test_any_pack_of_the_rows_gets_its_inputs(tmp_path: Path, family: str) -> No
             assert entry.layer == 1
             assert entry.hidden.dtype == torch.float32
             assert (entry.hidden - expected).norm() < 1e-6 * expected.norm()
-        cache.remove()
+        cache.close()
+        remove_frozen(tmp_path / "frozen")
         assert not (tmp_path / "frozen").exists()
 
 
@@ -187,6 +188,14 @@ def test_resuming_is_bit_for_bit_with_the_file_and_without(
         assert adapter_hash(path) == adapter_hash(whole)
         assert numbers(path) == numbers(whole)
         assert not (path / "frozen").exists()
+
+
+def test_stopped_at_the_last_step_nothing_of_it_is_part_of_the_run(tmp_path: Path, tiny_llama: Path) -> None:
+    with pytest.raises(Interrupted, match="stopped after step 10 of 10"):
+        train(run_config(tiny_llama, tmp_path, cache_frozen=True), listener=send_at(10, signal.SIGINT))
+    assert resume(tmp_path / "run").steps == 10
+    assert not (tmp_path / "run" / "frozen").exists()
+    assert not any("frozen" in name for name in json.loads((tmp_path / "run" / "MANIFEST.json").read_text())["files"])
 
 
 def test_stopped_while_it_is_made(tmp_path: Path, tiny_llama: Path) -> None:

@@ -41,8 +41,9 @@ def predicting_hidden(model: PreTrainedModel, pack: Pack, entry: Entry | None = 
     """The hidden state before each supervised token, (S, hidden). One that predicts several tokens is computed once."""
     if not pack.is_shared:
         return packed_hidden(model, pack.ids, pack.starts, pack.predict, entry=entry)
+    # Not by indexing, whose backward adds to a state that rows share in no fixed order.
     rows, which = pack.predict.unique(return_inverse=True)
-    return packed_hidden(model, pack.ids, pack.starts, rows, pack.parents, entry)[which]
+    return packed_hidden(model, pack.ids, pack.starts, rows, pack.parents, entry).index_select(0, which)
 
 
 def linear_cross_entropy(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:

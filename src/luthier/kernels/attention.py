@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from ctypes import c_float, c_int, c_int64, c_void_p
 from itertools import pairwise
 
@@ -67,8 +68,8 @@ def _check(q, k, v, starts, parents, window, softcap) -> None:
         raise ShapeError(f"the head size must be between 1 and {MOST_HEAD}; got {q.shape[2]}.")
     if window is not None and window < 1:
         raise ShapeError(f"window must be at least 1, or None for no window; got {window}.")
-    if softcap is not None and not softcap > 0:
-        raise ShapeError(f"softcap must be above 0, or None for no cap; got {softcap}.")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ShapeError(f"softcap must be above 0 and finite, or None for no cap; got {softcap}.")
     _check_segments(starts, parents, q.shape[0])
 
 

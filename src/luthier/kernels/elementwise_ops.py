@@ -101,27 +101,41 @@ def _layer_norm_backward_fake(dnormed, x, weight, mean, inverse, wants_weight) -
     return torch.empty_like(x), dweight, dbias
 
 
-def check_heads(x: Tensor, what: str) -> Tensor:
-    """x itself if it is (T, heads, D) float32 on the CPU with whole rows side by side; rows may be apart."""
+def check_heads(x: Tensor, what: str, *, in_place: bool = False) -> Tensor:
+    """x itself if it is (T, heads, D) float32 on the CPU with the heads of a row side by side.
+
+    Rows may be apart, and may share memory where they are only read, which `in_place` says they are not.
+    """
     if x.dtype != F32 or x.device.type != "cpu":
         raise ShapeError(f"{what} must be float32 on the CPU; got {x.dtype} on {x.device}. Try .float().")
-    if x.ndim != 3 or (x.numel() > 0 and (x.stride(2), x.stride(1)) != (1, x.shape[2]) and x.shape[1] > 1):
+    if x.ndim != 3 or (x.numel() > 0 and not _has_whole_rows(x)):
         raise ShapeError(f"{what} must be (T, heads, D) with contiguous rows; got {tuple(x.shape)} with strides {x.stride()}.")
+    tokens, heads, size = x.shape
+    if in_place and x.numel() > 0 and tokens > 1 and x.stride(0) < heads * size:
+        raise ShapeError(f"{what} is turned in place, so its rows must not overlap; got strides {x.stride()}. Try .clone().")
+    return _check_address(x, what)
+
+
+def _has_whole_rows(x: Tensor) -> bool:
+    return x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == x.shape[2])
+
+
+def _check_address(x: Tensor, what: str) -> Tensor:
+    if x.data_ptr() % x.element_size():
+        raise ShapeError(f"{what} must be aligned to its {x.element_size()}-byte elements; its address is odd. Try .clone().")
     return x
 
 
-def _check_tables(x: Tensor, cos: Tensor, sin: Tensor) -> int:
+def _check_tables(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     size = cos.shape[-1]
     if size % 2 or not 2 <= size <= x.shape[2]:
         raise ShapeError(f"rotary tables have an even width of at most the head size {x.shape[2]}; got {size}.")
     native.check_tensor(cos, "cos", F32, (x.shape[0], size))
     native.check_tensor(sin, "sin", F32, (x.shape[0], size))
-    return size
 
 
 def _turn(x: Tensor, to: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> None:
-    size = _check_tables(x, cos, sin)
-    tokens, heads, head_size = x.shape
+    (tokens, heads, head_size), size = x.shape, cos.shape[-1]
     if tokens == 0 or heads == 0:
         return
     pointers = (x.data_ptr(), x.stride(0), to.data_ptr(), to.stride(0))
@@ -130,7 +144,8 @@ def _turn(x: Tensor, to: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> 
 
 
 def _rotary_native(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Tensor:
-    out = _rotary_fake(check_heads(x, "x"), cos, sin, transposed)
+    _check_tables(check_heads(x, "x"), cos, sin)
+    out = _rotary_fake(x, cos, sin, transposed)
     _turn(x, out, cos, sin, transposed)
     return out
 
@@ -141,7 +156,9 @@ def _rotary_fake(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Tenso
 
 def _rotary_in_place_native(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> None:
     for x, what in ((q, "q"), (k, "k")):
-        _turn(check_heads(x, what), x, cos, sin, transposed)
+        _check_tables(check_heads(x, what, in_place=True), cos, sin)
+    for x in (q, k):
+        _turn(x, x, cos, sin, transposed)
 
 
 def _rotary_in_place_fake(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> None:
@@ -154,7 +171,7 @@ def _check_rows(x: Tensor, what: str, shape: tuple[int, int]) -> Tensor:
             f"{what} must be a float32 matrix {shape} on the CPU with contiguous rows; "
             f"got {tuple(x.shape)} {x.dtype} on {x.device} with strides {x.stride()}."
         )
-    return x
+    return _check_address(x, what)
 
 
 def _gated_native(gate: Tensor, up: Tensor, kind: int) -> Tensor:

@@ -20,7 +20,7 @@ from luthier.kernels.linear_ops import (
     outer_op,
     rows_op,
 )
-from luthier.kernels.storage import Storage
+from luthier.kernels.storage import LAYOUT, NUMBERS, Storage
 
 __all__ = ["Part", "Term", "dequantize", "frozen_linear", "frozen_linear_group", "rows"]
 
@@ -46,7 +46,8 @@ def frozen_linear_group(x: Tensor, parts: Sequence[Part]) -> list[Tensor]:
         raise ShapeError(f"x must have {in_features} features in its last dimension; got shape {tuple(x.shape)}.")
     for part in parts:
         _check_part(part, in_features)
-    stored, layout, numbers, bias, A, B = flatten(parts)
+    stored, layout, numbers, *small = flatten(parts)
+    bias, A, B = ([_contiguous(tensor) for tensor in tensors] for tensors in small)
     flat = x.reshape(-1, in_features).contiguous()
     if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in (*bias, *A, *B))):
         outputs = _FrozenLinear.apply(flat, stored, layout, numbers, *bias, *A, *B)
@@ -89,9 +90,8 @@ class _FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, stored, layout, numbers, *small):
-        count = len(layout) // 5
-        tensors = [_contiguous(tensor) for tensor in small]
-        bias, A, B = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
+        count = len(layout) // LAYOUT
+        bias, A, B = small[:count], small[count : 2 * count], small[2 * count :]
         outputs, inner = forward_op(x, stored, layout, numbers, bias, A, B)
         ctx.count, ctx.layout, ctx.numbers, ctx.stored_count = count, layout, numbers, len(stored)
         keep_x = any(ctx.needs_input_grad[4 + count : 4 + 2 * count])
@@ -110,7 +110,7 @@ class _FrozenLinear(torch.autograd.Function):
         wants_B = ctx.needs_input_grad[4 + 2 * count :]
         grads = [dy.contiguous() for dy in dys]
         dx, v = _input_gradient(ctx, grads, stored, A, B, wants_A)
-        scalings = ctx.numbers[1::2]
+        scalings = ctx.numbers[1::NUMBERS]
         dA = [outer_op(v[p], x, scalings[p], False) if wants_A[p] else None for p in range(count)]
         dB = [outer_op(inner[p], grads[p], scalings[p], True) if wants_B[p] else None for p in range(count)]
         dbias = [column_sums(grads[p]) if wants_bias[p] else None for p in range(count)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from ctypes import c_float, c_int, c_int64, c_void_p
 
 import torch
@@ -66,8 +67,8 @@ def _check(hidden, head, targets, bias, softcap, label_smoothing) -> None:
         )
     if bias is not None and (tuple(bias.shape) != (vocabulary,) or bias.dtype != torch.float32):
         raise ShapeError(f"bias must be float32 of shape ({vocabulary},); got {tuple(bias.shape)} {bias.dtype}.")
-    if softcap is not None and not softcap > 0:
-        raise ShapeError(f"softcap must be above 0, or None for no cap; got {softcap}.")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ShapeError(f"softcap must be above 0 and finite, or None for no cap; got {softcap}.")
     if not 0 <= label_smoothing < 1:
         raise ShapeError(f"label_smoothing must be in [0, 1); got {label_smoothing}.")
 

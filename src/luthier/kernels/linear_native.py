@@ -152,8 +152,8 @@ def rows(stored, layout, numbers, ids: Tensor | None) -> Tensor:
         native.check_tensor(ids, "ids", torch.int64, (None,))
         check_ids(ids, matrix.rows)
     if matrix.transposed:
-        dense = stored[0].T.to(F32)
-        return dense.contiguous() if ids is None else dense[ids].contiguous()
+        columns = stored[0] if ids is None else stored[0].index_select(1, ids)
+        return columns.T.to(F32, copy=True, memory_format=torch.contiguous_format)
     count = matrix.rows if ids is None else ids.shape[0]
     out = stored[0].new_empty(count, matrix.cols, dtype=F32)
     call = native.entry("lt_dequantize_rows", c_void_p, c_void_p, c_int64, c_void_p, c_int)

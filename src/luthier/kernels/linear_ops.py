@@ -23,7 +23,7 @@ Optional = Tensor | None
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """scaling (x A^T) B^T. A: (r, in_features), B: (out_features, r), float32, contiguous."""
+    """scaling (x A^T) B^T. A: (r, in_features), B: (out_features, r), float32."""
 
     A: Tensor
     B: Tensor
@@ -130,7 +130,7 @@ def _rows_reference(stored, layout, numbers, ids: Optional) -> Tensor:
     dense = dequantize_reference(part.storage)
     if ids is not None:
         linear_native.check_ids(ids, dense.shape[0])
-    return dense.clone() if ids is None else dense[ids]
+    return dense.clone(memory_format=torch.contiguous_format) if ids is None else dense[ids].contiguous()
 
 
 def _rows_fake(stored, layout, numbers, ids: Optional) -> Tensor:

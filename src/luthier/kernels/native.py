@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 import luthier.kernels
-from luthier.errors import ConfigError, LuthierError, NumericError, ShapeError, nearest
+from luthier.errors import ConfigError, LuthierError, ShapeError, nearest
 
 ABI_VERSION = 2
 LIBRARY_NAME = "libluthier_kernels.dylib" if sys.platform == "darwin" else "libluthier_kernels.so"
 MODES = ("native", "reference")
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "neon")
-STATUS_OK, STATUS_BAD_ARGUMENT, STATUS_NO_MEMORY, STATUS_BAD_ISA, STATUS_NOT_FINITE, STATUS_FAILED = range(6)
+STATUS_OK, STATUS_BAD_ARGUMENT, STATUS_NO_MEMORY, STATUS_FAILED = range(4)
 
 _forced_mode: str | None = None
 
@@ -148,8 +148,6 @@ def entry(name: str, *argument_types: type) -> Callable[..., None]:
 def _failure(name: str, status: int) -> LuthierError | MemoryError:
     if status == STATUS_NO_MEMORY:
         return MemoryError(f"{name} could not allocate its scratch memory.")
-    if status == STATUS_NOT_FINITE:
-        return NumericError(f"{name} needs finite numbers; its input has NaN or Inf.")
     if status == STATUS_FAILED:
         return LuthierError(f"{name} failed inside the library, for want of something that the system would not give.")
     return ShapeError(f"{name} refused its arguments (status {status}); the binding let a size or pointer through.")

@@ -18,6 +18,8 @@ from luthier.kernels.storage import Storage
 
 NESTED_BLOCK = 256
 FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# Bytes of a block that hold float16: its scale, and the minimum behind it where there is one.
+GGUF_HALF_BYTES = {"Q4_1": 4, "Q4_K": 4}
 # Elements and bytes of a block, and the number that the C entry knows the format by.
 GGUF_FORMATS = {"Q4_0": (32, 18, 0), "Q4_1": (32, 20, 1), "Q8_0": (32, 34, 2), "Q4_K": (256, 144, 3), "Q6_K": (256, 210, 4)}
 
@@ -120,25 +122,29 @@ def quantize_gguf(weight: Tensor, kind: str) -> Tensor:
     sub-block's scale (and lift) for the smallest weighted error, then round the scales and the weights to them.
     weight: float32, bfloat16 or float16, contiguous, finite; kind: a key of GGUF_FORMATS.
     Raises ConfigError for another kind, ShapeError if the block does not divide the columns, NumericError for NaN, Inf
-    or a block whose scale is beyond float16.
+    or a block whose scale or minimum is beyond float16.
     Source: the block formats of ggml; k-quants, llama.cpp pull request 1684.
     """
+    _check_gguf(weight, kind)
+    stored = _gguf_quantize(weight, kind)
+    at, size_bytes = reference.GGUF_SCALE_OFFSETS[kind], GGUF_FORMATS[kind][1]
+    halves = stored.view(-1, size_bytes)[:, at : at + GGUF_HALF_BYTES.get(kind, 2)].contiguous().view(torch.float16)
+    if not bool(halves.isfinite().all()):
+        raise NumericError(_first_bad(weight))
+    return stored
+
+
+def _check_gguf(weight: Tensor, kind: str) -> None:
     if kind not in GGUF_FORMATS:
         hint = nearest(kind, list(GGUF_FORMATS))
         raise ConfigError(f"GGUF kinds that can be written are {', '.join(GGUF_FORMATS)}; got {kind!r}.{hint}")
     _check_weight(weight)
-    block, size_bytes, _ = GGUF_FORMATS[kind]
+    block = GGUF_FORMATS[kind][0]
     if weight.ndim != 2 or weight.shape[1] % block:
         raise ShapeError(
             f"{kind} holds rows in blocks of {block}, so the columns must be a multiple of it; "
             f"got {tuple(weight.shape)}. Try a kind with blocks of 32."
         )
-    stored = _gguf_quantize(weight, kind)
-    at = reference.GGUF_SCALE_OFFSETS[kind]
-    scales = stored.view(-1, size_bytes)[:, at : at + 2].contiguous().view(torch.float16)
-    if not bool(scales.isfinite().all()):
-        raise NumericError(_first_bad(weight))
-    return stored
 
 
 def _check_weight(weight: Tensor) -> None:
@@ -157,7 +163,8 @@ def _first_bad(weight: Tensor) -> str:
         return (
             f"a weight to quantise must be finite; got {weight.reshape(-1)[flat].item()} at {where}, {int(bad.sum())} in all."
         )
-    return f"GGUF scales are float16, at most 65504; got a weight of {weight.abs().max().item():.4g}. Try NF4 or a dense dtype."
+    largest = weight.abs().max().item()
+    return f"GGUF scales and minima are float16, at most 65504; got a weight of {largest:.4g}. Try NF4 or a dense dtype."
 
 
 @functools.cache
@@ -166,6 +173,7 @@ def _lookup_on(device: str) -> Tensor:
 
 
 def _nf4_quantize_native(weight: Tensor) -> tuple[Tensor, Tensor]:
+    _check_weight(weight)
     native.check_tensor(weight, "weight", weight.dtype)
     codes, absmax = _nf4_quantize_fake(weight)
     call = native.entry("lt_nf4_quantize", *[c_void_p, c_int, c_int64], *[c_void_p] * 2, c_int)
@@ -181,11 +189,12 @@ def _nf4_quantize_fake(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gguf_quantize_native(weight: Tensor, kind: str) -> Tensor:
+    _check_gguf(weight, kind)
     native.check_tensor(weight, "weight", weight.dtype)
     out = _gguf_quantize_fake(weight, kind)
     block, _, number = GGUF_FORMATS[kind]
     call = native.entry("lt_gguf_quantize", *[c_void_p, c_int, c_int64, c_int], c_void_p, c_int)
-    blocks = weight.numel() // block
+    blocks = weight.shape[0] * (weight.shape[1] // block)
     call(weight.data_ptr(), FLOAT_TYPES[weight.dtype], blocks, number, out.data_ptr(), native.threads())
     return out
 

@@ -248,7 +248,7 @@ GGUF_QUANTIZERS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
 }
 
 
-# Where in a block its float16 scale d stands.
+# Where in a block its float16 scale d stands; Q4_1 and Q4_K have a minimum behind it, another float16.
 GGUF_SCALE_OFFSETS = {"Q4_0": 0, "Q4_1": 0, "Q8_0": 0, "Q4_K": 0, "Q6_K": 208}
 
 

@@ -80,16 +80,20 @@ class FrozenCache:
             self._map.madvise(mmap.MADV_DONTNEED)
         return Entry(self._layer, hidden)
 
-    def remove(self) -> None:
-        """Let go of the file and delete it. Raises CheckpointError where it cannot be deleted."""
+    def close(self) -> None:
+        """Let go of the file."""
         self._map.close()
-        try:
-            remove_tree(self._folder)
-        except OSError as error:
-            raise CheckpointError(
-                f"what cache_frozen has kept must be deletable at the end of a run; {self._folder}: {error}. Delete it, "
-                "then go on with `luthier resume`."
-            ) from error
+
+
+def remove_frozen(folder: Path) -> None:
+    """Delete what was kept in `folder`, if it is there. Raises CheckpointError where it cannot be deleted."""
+    try:
+        remove_tree(folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"what cache_frozen has kept must be deletable at the end of a run; {folder}: {error}. Delete it, "
+            "then go on with `luthier resume`."
+        ) from error
 
 
 def open_frozen_cache(

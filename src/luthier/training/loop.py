@@ -165,7 +165,7 @@ def _add_gradients(job: Job, pack: Pack, batch: Sequence[Example], supervised_to
     share = supervised_loss(job.prepared.model, pack, entry) / max(1, supervised_tokens)
     value = float(share.detach())
     if not math.isfinite(value):
-        raise _loss_error(job, value, [batch[row].where for row in pack.rows])
+        raise _loss_error(job, value, _guilty_rows(job, [batch[row] for row in pack.rows]))
     share.backward()
     return value
 
@@ -242,6 +242,17 @@ def _interrupted(job: Job) -> Interrupted:
         f"stopped after step {job.state.step} of {job.total_steps}; everything is saved. "
         f"Go on with `luthier resume {job.run.path}`."
     )
+
+
+@torch.no_grad()
+def _guilty_rows(job: Job, examples: list[Example]) -> list[str]:
+    """Where the rows stand whose own loss is not finite; all, if each alone is."""
+    found = []
+    for example in examples:
+        (pack,) = pack_examples([example], max_tokens=len(example.ids))
+        if not math.isfinite(supervised_loss(job.prepared.model, pack).item()):
+            found.append(example.where)
+    return found or [example.where for example in examples]
 
 
 def _loss_error(job: Job, value: float, rows: list[str]) -> NumericError:

@@ -19,6 +19,7 @@ from luthier.training.evaluations import Evaluations
 from luthier.training.events import Listener
 from luthier.training.files import MANIFEST
 from luthier.training.finish import finish
+from luthier.training.frozen_cache import remove_frozen
 from luthier.training.interrupts import Interrupts
 from luthier.training.loop import Job, train_loop
 from luthier.training.memory import (
@@ -252,5 +253,6 @@ def _carry_out(job: Job, started: float) -> RunResult:
     })  # fmt: skip
     train_loop(job)
     if job.frozen is not None:
-        job.frozen.remove()
+        job.frozen.close()
+    remove_frozen(job.run.path / rundir.FROZEN)
     return finish(job, started)

@@ -42,7 +42,7 @@ def sample_model(blueprint: Blueprint, config: RunConfig, targets: list[str]) ->
             if parameter.is_meta:
                 setattr(module, key, nn.Parameter(torch.full(parameter.shape, SIZE_OF_WEIGHTS), requires_grad=False))
     _make_trainable(model, config, targets)
-    model.get_input_embeddings().register_forward_hook(_require_gradient)
+    model.get_input_embeddings().register_forward_hook(make_inputs_require_grads)
     return model
 
 
@@ -73,7 +73,8 @@ def _make_trainable(model: PreTrainedModel, config: RunConfig, targets: list[str
         attach(model, spec, seed=config.seed)
 
 
-def _require_gradient(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+def make_inputs_require_grads(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+    """By the name of Transformers' own hook of this kind, which fused blocks let pass."""
     return output if output.requires_grad else output.detach().requires_grad_()
 
 

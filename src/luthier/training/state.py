@@ -50,8 +50,8 @@ class TrainState:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> TrainState:
-        """Raises TypeError if keys are missing or unknown."""
-        return cls(**content)
+        """Raises TypeError if keys are missing or unknown. Checkpoints of before they were counted computed all tokens."""
+        return cls(**{"computed_tokens": content.get("tokens", 0), **content})
 
 
 @dataclass(frozen=True)

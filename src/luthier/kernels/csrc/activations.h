@@ -75,7 +75,7 @@ LT_INLINE void sums_of(std::int64_t count, float* first, float* second, Fn fn) {
   *second = sum((b[0] + b[1]) + (b[2] + b[3]));
 }
 
-// e^x to 2 ulp where the result is normal; 0 below -87.7, Inf above 88.4; NaN stays NaN. Two thirds of vexp's work.
+// e^x to 2 ulp where the result is normal; 0 below -87.7, Inf above 88.4; NaN stays NaN.
 LT_INLINE vf quick_exp(vf x) {
   x = vmin(set1(89.0f), vmax(set1(-88.0f), x));
   const vi k = to_int(x * set1(1.44269504f));

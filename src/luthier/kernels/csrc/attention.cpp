@@ -244,18 +244,23 @@ bool fits(const lt_attention& a) {
          a.size <= kMostHead && a.window >= 0;
 }
 
+// An empty pack has no rows to point at.
+bool is_empty(const lt_attention& a) { return a.starts[a.segments] == 0; }
+
 }  // namespace
 }  // namespace lt
 
 LT_API int lt_attention_forward(const lt_attention* a, const float* q, const float* k, const float* v, float* out, float* lse,
                                 int threads) {
   if (a == nullptr || !lt::fits(*a) || threads < 1) return LT_BAD_ARGUMENT;
+  if (!lt::is_empty(*a) && lt_missing(q, k, v, out, lse)) return LT_BAD_ARGUMENT;
   LT_GUARD({ lt::forward(lt::Pack(*a), q, k, v, out, lse, threads); })
 }
 
 LT_API int lt_attention_backward(const lt_attention* a, const float* dout, const float* q, const float* k, const float* v,
                                  const float* out, const float* lse, float* dq, float* dk, float* dv, int threads) {
   if (a == nullptr || !lt::fits(*a) || threads < 1) return LT_BAD_ARGUMENT;
+  if (!lt::is_empty(*a) && lt_missing(dout, q, k, v, out, lse, dq, dk, dv)) return LT_BAD_ARGUMENT;
   LT_GUARD({
     const lt::Pack pack(*a);
     float* delta = lt::Scratch<lt::DeltaScratch>::get<float>(std::size_t(pack.tokens * a->heads));

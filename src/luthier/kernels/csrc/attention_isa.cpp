@@ -156,8 +156,9 @@ float softmax_row(const AttentionShape& s, float* row, Seen range, float* larges
   }
   const float before = *largest_z, found = largest(largest_of);
   const float now = found > before ? found : before;
+  const float base = now == -INFINITY ? 0 : now;  // nothing but -Inf so far: weights of zero, where -Inf + Inf is NaN
   for (std::int64_t i = 0; i < j; i += VL) {
-    const vf p = quick_exp(load(row + i) - set1(now));
+    const vf p = quick_exp(load(row + i) - set1(base));
     store(row + i, p);
     sums = sums + p;
   }

@@ -11,7 +11,7 @@ struct FewProduct {
   const lt_matrix* matrix;
   std::int64_t row, rows;
   const float* x;
-  const float* sums;  // of each block of x, [T][blocks]
+  const float* sums;  // of each block of x, divided by the lanes of a vector, [T][blocks]
   std::int64_t T;
   const float* low;  // (all rows, rank), or null with rank 0
   const float* inner;
@@ -22,6 +22,7 @@ struct FewProduct {
 };
 
 struct FewTable {
+  int lanes;  // of a vector
   void (*multiply)(const FewProduct& product);
 };
 

@@ -51,7 +51,7 @@ void dots(const Format& format, const FewProduct& p, std::int64_t row, std::int6
       format.some(row + r, whole, K - whole, rest);
       add_rest(r);
     }
-    x = p.inner + token * kBlock;
+    x = p.rank > 0 ? p.inner + token * kBlock : nullptr;
     for (std::int64_t c = 0; c < p.rank; c += kBlock, x += step) {
       std::memset(rest, 0, sizeof rest);
       std::memcpy(rest, p.low + (row + r) * p.rank + c, sizeof(float) * std::size_t(p.rank - c < kBlock ? p.rank - c : kBlock));
@@ -85,14 +85,14 @@ LT_INLINE void fetch_ahead(const void* from) {
 }
 
 // One token and rows of whole units: codes are multiplied with x as they are, and what 32 of them have in common, scale and
-// shift, comes in once, the shift with the sum of x.
+// shift, comes in once, the shift with the sum of x. Both meet in each lane before they are added to the total: where x has a
+// mean, they are large and nearly cancel, and totals of each alone would round off what is left.
 template <class Format>
 void scaled_dot(const Format& format, const FewProduct& p, std::int64_t row, std::int64_t token) {
   constexpr int kGroups = Format::kUnit / kBlock;
   const std::int64_t step = p.T * kBlock;
   const float *x = p.x + token * kBlock, *sums = p.sums + token * (p.matrix->cols / kBlock);
   vf total[2] = {zero(), zero()};
-  float shifted[kGroups] = {};
   for (std::int64_t k = 0; k < p.matrix->cols; k += Format::kUnit) {
     const auto place = format.place(row, k);
     float scale[kGroups], shift[kGroups];
@@ -102,29 +102,38 @@ void scaled_dot(const Format& format, const FewProduct& p, std::int64_t row, std
     for (int g = 0; g < kGroups; ++g, x += step) {
       vf part = zero();
       format.codes(place, g, [&](vf q, int i) __attribute__((always_inline)) { part = fma(q, load(x + i), part); });
-      total[g % 2] = fma(part, set1(scale[g]), total[g % 2]);
+      if constexpr (Format::kShifted) {
+        total[g % 2] = total[g % 2] + fma(part, set1(scale[g]), set1(shift[g] * sums[g]));
+      } else {
+        total[g % 2] = fma(part, set1(scale[g]), total[g % 2]);
+      }
     }
-    if constexpr (Format::kShifted) {
-#pragma GCC unroll 8
-      for (int g = 0; g < kGroups; ++g) shifted[g] += shift[g] * sums[g];
-      sums += kGroups;
-    }
+    sums += kGroups;
   }
-  const float* inner = p.inner + token * kBlock;
+  const float* inner = p.rank > 0 ? p.inner + token * kBlock : nullptr;
   for (std::int64_t c = 0; c < p.rank; c += kBlock, inner += step) {
     float rest[kBlock] = {};
     std::memcpy(rest, p.low + row * p.rank + c, sizeof(float) * std::size_t(p.rank - c < kBlock ? p.rank - c : kBlock));
     for (int i = 0; i < kBlock; i += VL) total[0] = fma(load(rest + i), load(inner + i), total[0]);
   }
-  float y = p.bias == nullptr ? 0.0f : p.bias[row];
-  for (int g = 0; g < kGroups; ++g) y += shifted[g];
-  p.y[token * p.ldy + row] = sum(total[0] + total[1]) + y;
+  p.y[token * p.ldy + row] = sum(total[0] + total[1]) + (p.bias == nullptr ? 0.0f : p.bias[row]);
+}
+
+// Whether codes and shift may be multiplied apart: with Inf in x, or sums beyond float, their difference would be NaN.
+template <class Format>
+bool divisible(const FewProduct& p, std::int64_t token) {
+  if (p.matrix->cols % Format::kUnit != 0) return false;
+  if constexpr (!Format::kShifted) return true;
+  const std::int64_t blocks = p.matrix->cols / kBlock;
+  float nothing = 0;
+  for (std::int64_t b = 0; b < blocks; ++b) nothing += p.sums[token * blocks + b] * 0.0f;
+  return nothing == 0.0f;
 }
 
 template <class Format>
 void one_token(const Format& format, const FewProduct& p, std::int64_t token) {
   if constexpr (Format::kUnit > 0) {
-    if (p.matrix->cols % Format::kUnit == 0) {
+    if (divisible<Format>(p, token)) {
       for (std::int64_t row = p.row; row < p.row + p.rows; ++row) scaled_dot(format, p, row, token);
       return;
     }
@@ -143,7 +152,7 @@ void multiply(const FewProduct& p) {
 
 }  // namespace
 
-LT_DEFINE_TABLE(FewTable, few) = {&multiply};
+LT_DEFINE_TABLE(FewTable, few) = {VL, &multiply};
 
 }  // namespace LT_NAMESPACE
 }  // namespace lt

@@ -112,13 +112,13 @@ void pack_few(const float* x, std::int64_t T, std::int64_t features, float scale
   }
 }
 
-// The sums of the blocks of 32 features that pack_few laid out, [T][blocks].
-void add_blocks(const float* packed, std::int64_t T, std::int64_t blocks, float* sums) {
+// The sums of the blocks of 32 features that pack_few laid out, an equal share for each of so many lanes, [T][blocks].
+void add_blocks(const float* packed, std::int64_t T, std::int64_t blocks, int shares, float* sums) {
   for (std::int64_t b = 0; b < blocks * T; ++b, packed += kPanelGroup) {
     float lanes[8] = {};
     for (int i = 0; i < kPanelGroup; ++i) lanes[i % 8] += packed[i];
     const float halves = (lanes[0] + lanes[4]) + (lanes[1] + lanes[5]);
-    sums[b % T * blocks + b / T] = halves + ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
+    sums[b % T * blocks + b / T] = (halves + ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]))) / float(shares);
   }
 }
 
@@ -131,7 +131,7 @@ void forward_few(const float* x, std::int64_t T, const lt_linear* parts, int cou
   pack_few(x, T, K, 1.0f, packed);
   const std::int64_t blocks = up(K, kPanelGroup) / kPanelGroup;
   float* sums = Scratch<SumScratch>::get<float>(std::size_t(T * blocks));
-  add_blocks(packed, T, blocks, sums);
+  add_blocks(packed, T, blocks, k.lanes, sums);
   for (int p = 0; p < count; ++p) {
     const lt_linear& part = parts[p];
     const std::int64_t N = part.matrix->rows, r = part.rank;

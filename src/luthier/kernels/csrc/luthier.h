@@ -9,9 +9,7 @@ enum lt_status : int {
   LT_OK = 0,
   LT_BAD_ARGUMENT = 1,  // a size or pointer that the binding should have refused
   LT_NO_MEMORY = 2,
-  LT_BAD_ISA = 3,       // LUTHIER_ISA names an instruction set that this build or machine lacks
-  LT_NOT_FINITE = 4,    // an input that must be finite is not
-  LT_FAILED = 5,        // an exception of another kind than want of memory
+  LT_FAILED = 3,        // an exception of another kind than want of memory
 };
 
 // LT_GUARD({ body }) as the last statement of an entry: no exception leaves it.

@@ -4,15 +4,15 @@
 //   vf, vi                  VL floats; VL 32-bit integers
 //   load(p) store(p, v)     any alignment;  load_n(p, n) store_n(p, v, n): the first n < VL lanes, the rest zero / untouched
 //   load_bf16(p) load_f16(p)  VL 16-bit floats, widened;  f16(bits): one
-//   widen_u8(p) widen_i8(p) VL bytes to vi;  widen_u16(p)
+//   widen_u8(p) widen_i8(p) VL bytes to vi
 //   set1(x) zero()          vf;  iset1(x) vi
 //   + - * /                 on vf;  fma(a, b, c) = a b + c, rounded once except in the portable build
-//   vmax(a, b) vmin(a, b)   the second operand if either is NaN;  vabs(a)  vsqrt(a)
+//   vmax(a, b) vmin(a, b)   the second operand if either is NaN;  vabs(a)
 //   less(a, b) is_nan(a)    masks vm;  choose(m, a, b): a where m, else b;  any(m)
 //   sum(v) largest(v)       across lanes, in a fixed order
 //   to_float(vi) to_int(vf) to_int rounds to nearest even
-//   as_int(vf) as_float(vi) the same bits
-//   iadd iand ior inegate, shl<n>(vi) shr<n>(vi)   shr is logical;  shr_by(vi, n) for n known at run time
+//   as_float(vi)            the same bits
+//   iadd iand ior, shl<n>(vi) shr<n>(vi)   shr is logical;  shr_by(vi, n) for n known at run time
 //   shr_lanes(vi)           lane j shifted right by j
 //   transpose<R>(src, ld, dst, ldd)  dst[j * ldd + i] = src[i * ld + j] for i < R, j < VL, zero in the lanes from R to VL;
 //                           in rising j, so that ldd may be R. R = VL where it is not given.
@@ -43,32 +43,3 @@
 #else
 #include "simd_portable.h"
 #endif
-
-namespace lt {
-namespace LT_NAMESPACE {
-
-// e^x to 2 ulp for |x| < 87; 0 below -87.3, Inf above 88.7; NaN stays NaN.
-LT_INLINE vf vexp(vf x) {
-  const vf n = to_float(to_int(vmax(vmin(x * set1(1.44269504f), set1(128.0f)), set1(-127.0f))));
-  vf r = fma(n, set1(-0.693359375f), x);
-  r = fma(n, set1(2.12194440e-4f), r);
-  vf p = set1(1.9875691500e-4f);
-  p = fma(p, r, set1(1.3981999507e-3f));
-  p = fma(p, r, set1(8.3334519073e-3f));
-  p = fma(p, r, set1(4.1665795894e-2f));
-  p = fma(p, r, set1(1.6666665459e-1f));
-  p = fma(p, r, set1(5.0000001201e-1f));
-  p = fma(p * r, r, r + set1(1.0f));
-  // 2^n in two halves, so that n = 128 does not overflow on the way.
-  const vi k = to_int(n);
-  const vi half = iadd(shr<1>(iadd(k, iset1(256))), iset1(-128));
-  const vf low = as_float(shl<23>(iadd(half, iset1(127))));
-  const vf high = as_float(shl<23>(iadd(iadd(k, inegate(half)), iset1(127))));
-  vf y = p * low * high;
-  y = choose(less(x, set1(-87.3365f)), zero(), y);
-  y = choose(less(set1(88.7229f), x), set1(INFINITY), y);
-  return choose(is_nan(x), x, y);
-}
-
-}  // namespace LT_NAMESPACE
-}  // namespace lt

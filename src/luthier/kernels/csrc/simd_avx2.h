@@ -27,7 +27,6 @@ LT_INLINE vf load_f16(const std::uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu
 LT_INLINE float f16(std::uint16_t bits) { return _cvtsh_ss(bits); }
 LT_INLINE vi widen_u8(const void* p) { return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p)))}; }
 LT_INLINE vi widen_i8(const void* p) { return {_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p)))}; }
-LT_INLINE vi widen_u16(const void* p) { return {_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)))}; }
 LT_INLINE vf set1(float x) { return _mm256_set1_ps(x); }
 LT_INLINE vf zero() { return _mm256_setzero_ps(); }
 LT_INLINE vi iset1(int x) { return {_mm256_set1_epi32(x)}; }
@@ -35,7 +34,6 @@ LT_INLINE vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 LT_INLINE vf vmax(vf a, vf b) { return _mm256_max_ps(a, b); }
 LT_INLINE vf vmin(vf a, vf b) { return _mm256_min_ps(a, b); }
 LT_INLINE vf vabs(vf a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
-LT_INLINE vf vsqrt(vf a) { return _mm256_sqrt_ps(a); }
 LT_INLINE vm less(vf a, vf b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
 LT_INLINE vm is_nan(vf a) { return _mm256_cmp_ps(a, a, _CMP_UNORD_Q); }
 LT_INLINE vf choose(vm m, vf a, vf b) { return _mm256_blendv_ps(b, a, m); }
@@ -52,10 +50,8 @@ LT_INLINE float largest(vf v) {
 }
 LT_INLINE vf to_float(vi a) { return _mm256_cvtepi32_ps(a.v); }
 LT_INLINE vi to_int(vf a) { return {_mm256_cvtps_epi32(a)}; }
-LT_INLINE vi as_int(vf a) { return {_mm256_castps_si256(a)}; }
 LT_INLINE vf as_float(vi a) { return _mm256_castsi256_ps(a.v); }
 LT_INLINE vi iadd(vi a, vi b) { return {_mm256_add_epi32(a.v, b.v)}; }
-LT_INLINE vi inegate(vi a) { return {_mm256_sub_epi32(_mm256_setzero_si256(), a.v)}; }
 LT_INLINE vi iand(vi a, vi b) { return {_mm256_and_si256(a.v, b.v)}; }
 LT_INLINE vi ior(vi a, vi b) { return {_mm256_or_si256(a.v, b.v)}; }
 template <int n>

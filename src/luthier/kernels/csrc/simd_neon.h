@@ -43,11 +43,6 @@ LT_INLINE vi widen_i8(const void* p) {
   std::memcpy(&raw, p, sizeof raw);
   return {vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(raw))))};
 }
-LT_INLINE vi widen_u16(const void* p) {
-  std::uint64_t raw;
-  std::memcpy(&raw, p, sizeof raw);
-  return {vreinterpretq_s32_u32(vmovl_u16(vcreate_u16(raw)))};
-}
 LT_INLINE vf set1(float x) { return vdupq_n_f32(x); }
 LT_INLINE vf zero() { return vdupq_n_f32(0.0f); }
 LT_INLINE vi iset1(int x) { return {vdupq_n_s32(x)}; }
@@ -58,7 +53,6 @@ LT_INLINE vf choose(vm m, vf a, vf b) { return vbslq_f32(m.v, a, b); }
 LT_INLINE vf vmax(vf a, vf b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
 LT_INLINE vf vmin(vf a, vf b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
 LT_INLINE vf vabs(vf a) { return vabsq_f32(a); }
-LT_INLINE vf vsqrt(vf a) { return vsqrtq_f32(a); }
 LT_INLINE bool any(vm m) { return vmaxvq_u32(m.v) != 0; }
 LT_INLINE float sum(vf v) { return (vgetq_lane_f32(v, 0) + vgetq_lane_f32(v, 2)) + (vgetq_lane_f32(v, 1) + vgetq_lane_f32(v, 3)); }
 LT_INLINE float largest(vf v) {
@@ -67,10 +61,8 @@ LT_INLINE float largest(vf v) {
 }
 LT_INLINE vf to_float(vi a) { return vcvtq_f32_s32(a.v); }
 LT_INLINE vi to_int(vf a) { return {vcvtnq_s32_f32(a)}; }
-LT_INLINE vi as_int(vf a) { return {vreinterpretq_s32_f32(a)}; }
 LT_INLINE vf as_float(vi a) { return vreinterpretq_f32_s32(a.v); }
 LT_INLINE vi iadd(vi a, vi b) { return {vaddq_s32(a.v, b.v)}; }
-LT_INLINE vi inegate(vi a) { return {vnegq_s32(a.v)}; }
 LT_INLINE vi iand(vi a, vi b) { return {vandq_s32(a.v, b.v)}; }
 LT_INLINE vi ior(vi a, vi b) { return {vorrq_s32(a.v, b.v)}; }
 template <int n>

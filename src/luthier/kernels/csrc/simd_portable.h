@@ -33,7 +33,6 @@ LT_INLINE vf set1(float x) { return vf{x, x, x, x}; }
 LT_INLINE vf zero() { return vf{0, 0, 0, 0}; }
 LT_INLINE vi iset1(int x) { return {raw_int{x, x, x, x}}; }
 LT_INLINE vf as_float(vi a) { return (vf)a.v; }
-LT_INLINE vi as_int(vf a) { return {(raw_int)a}; }
 LT_INLINE vf load_bf16(const std::uint16_t* p) {
   return as_float({(raw_int)(raw_unsigned{p[0], p[1], p[2], p[3]} << 16)});
 }
@@ -56,11 +55,6 @@ LT_INLINE vi widen_i8(const void* p) {
   const auto* b = static_cast<const std::int8_t*>(p);
   return {raw_int{b[0], b[1], b[2], b[3]}};
 }
-LT_INLINE vi widen_u16(const void* p) {
-  std::uint16_t b[4];
-  std::memcpy(b, p, sizeof b);
-  return {raw_int{b[0], b[1], b[2], b[3]}};
-}
 LT_INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }
 LT_INLINE vm less(vf a, vf b) { return {a < b}; }
 LT_INLINE vm is_nan(vf a) { return {a != a}; }
@@ -68,7 +62,6 @@ LT_INLINE vf choose(vm m, vf a, vf b) { return (vf)((m.v & (raw_int)a) | (~m.v &
 LT_INLINE vf vmax(vf a, vf b) { return choose({a > b}, a, b); }
 LT_INLINE vf vmin(vf a, vf b) { return choose({a < b}, a, b); }
 LT_INLINE vf vabs(vf a) { return (vf)((raw_int)a & 0x7fffffff); }
-LT_INLINE vf vsqrt(vf a) { return vf{std::sqrt(a[0]), std::sqrt(a[1]), std::sqrt(a[2]), std::sqrt(a[3])}; }
 LT_INLINE bool any(vm m) { return (m.v[0] | m.v[1] | m.v[2] | m.v[3]) != 0; }
 LT_INLINE float sum(vf v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 LT_INLINE float largest(vf v) {
@@ -82,7 +75,6 @@ LT_INLINE vi to_int(vf a) {
   return {r};
 }
 LT_INLINE vi iadd(vi a, vi b) { return {(raw_int)((raw_unsigned)a.v + (raw_unsigned)b.v)}; }
-LT_INLINE vi inegate(vi a) { return {(raw_int)(-(raw_unsigned)a.v)}; }
 LT_INLINE vi iand(vi a, vi b) { return {a.v & b.v}; }
 LT_INLINE vi ior(vi a, vi b) { return {a.v | b.v}; }
 template <int n>

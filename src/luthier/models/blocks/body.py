@@ -85,15 +85,47 @@ def blocks_obstacle(model: Any) -> str | None:
     return None if choice.fits(hidden) else f"its activations are {hidden.dtype} on {hidden.device}"
 
 
+def forward_obstacle(body: Any) -> str | None:
+    """Why not every layer of the body runs as halves that compute what Transformers' forward computes, or None."""
+    obstacle = blocks_obstacle(body)
+    if obstacle is not None:
+        return obstacle
+    layers = _described(body)
+    obstacles = [obstacle for layer in layers if (obstacle := choice.layer_obstacle(layer)) is not None]
+    if obstacles:
+        return obstacles[0]
+    return None if _is_static(body, layers) else "its rotary frequencies depend on the length of the batch"
+
+
 def blocks_share(model: Any) -> bool:
-    """Whether every layer runs as halves whose tokens may go on from a segment that several texts share."""
+    """Whether every layer runs as halves whose tokens may go on from a segment that several texts share.
+
+    Not where dropout draws a mask for each token of each text: shared tokens would have one mask for all.
+    """
     body = model.base_model
-    family = family_of(body)
-    if family is None or blocks_obstacle(model) is not None:
+    if blocks_obstacle(model) is not None:
         return False
-    layers = [family.describe(layer) for layer in body.layers]
-    static = all(is_static(body.rotary_emb, kind) for kind in {layer.rotary for layer in layers})
-    return static and not any(choice.layer_obstacle(layer) for layer in layers)
+    layers = _described(body)
+    if any(choice.layer_obstacle(layer) for layer in layers):
+        return False
+    reason = None
+    if not _is_static(body, layers):
+        reason = "rotary frequencies depend on the length of a text"
+    elif any(choice.draws_masks(layer) for layer in layers):
+        reason = "dropout draws a mask for each of them"
+    if reason is not None:
+        choice.say_once(model, f"tokens that rows begin with in common are computed for each row: {reason}.")
+    return reason is None
+
+
+def _described(body: Any) -> list[Layer]:
+    family = family_of(body)
+    assert family is not None
+    return [family.describe(layer) for layer in body.layers]
+
+
+def _is_static(body: Any, layers: list[Layer]) -> bool:
+    return all(is_static(body.rotary_emb, kind) for kind in {layer.rotary for layer in layers})
 
 
 def _is_plain(norm: Any) -> bool:

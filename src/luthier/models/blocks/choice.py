@@ -13,15 +13,19 @@ from torch import Tensor, nn
 
 from luthier import notices
 from luthier.kernels import native
+from luthier.linear import LowRankTerm
 from luthier.models.blocks.description import AttentionHalf, Layer, MlpHalf
 from luthier.models.blocks.families import family_of
 from luthier.models.blocks.fused_attention import HEAD_UNIT
 from luthier.models.blocks.linears import is_one_product
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Transformers' hook on the embeddings with which gradients reach layers that are recomputed; it changes no number.
+_HARMLESS_HOOK = "make_inputs_require_grads"
+_ORIGINS = ("transformers.", "torch.nn.", "luthier.")
 
 
-def body_obstacle(body: nn.Module) -> str | None:
+def body_obstacle(body: Any) -> str | None:
     """Why the model runs as Transformers' modules altogether, or None."""
     if family_of(body) is None:
         return "its family has no blocks of its own"
@@ -29,6 +33,10 @@ def body_obstacle(body: nn.Module) -> str | None:
         return "the compiled kernels are not in use"
     if is_watched(body):
         return "its body has hooks or a forward of its own"
+    if any(getattr(hook, "__name__", "") != _HARMLESS_HOOK for hook in _hooks(body.get_input_embeddings())):
+        return "its embeddings have hooks"
+    if getattr(body.config, "is_causal", True) is False:
+        return "its attention is not causal"
     return None
 
 
@@ -40,6 +48,8 @@ def layer_obstacle(layer: Layer) -> str | None:
         return "its attention is not causal"
     if any(is_watched(module) for module in layer.bypassed):
         return "it has hooks or a forward of its own"
+    if not all(type(module).__module__.startswith(_ORIGINS) for module in layer.bypassed):
+        return "a part of it has been replaced"
     if _drops(layer.module):
         return "the base model's own dropout is on"
     weights = [norm.weight for norm in (*layer.attention.norms, *layer.mlp.norms)]
@@ -80,7 +90,18 @@ def is_watched(module: Any) -> bool:
     """Whether calling the module does more than its class says."""
     replaced = "forward" in module.__dict__ and not getattr(module, "is_recomputed", False)
     replaced = replaced and not getattr(module.forward, "uses_blocks", False)
-    return replaced or any(getattr(module, name) for name in _HOOKS)
+    return replaced or bool(_hooks(module))
+
+
+def _hooks(module: Any) -> list[Any]:
+    return [hook for name in _HOOKS for hook in getattr(module, name).values()]
+
+
+def draws_masks(layer: Layer) -> bool:
+    """Whether a term drops some of its input, each token by a mask of its own."""
+    linears = (*layer.attention.linears, *layer.mlp.linears)
+    terms = (module for linear in linears for module in linear.modules() if isinstance(module, LowRankTerm))
+    return any(term.dropout and term.training for term in terms)
 
 
 def _drops(layer: Any) -> bool:
