@@ -48,58 +48,69 @@ def parse_on_long(text: str) -> OnLong:
     return cast("OnLong", text)
 
 
+Data = Annotated[
+    list[str] | None,
+    typer.Option("--data", metavar="[NAME=]FILE", help="Rows to evaluate on; may be repeated.", show_default=False),
+]
+Metrics = Annotated[
+    str | None,
+    typer.Option(
+        "--metrics",
+        metavar="NAMES",
+        help=f"Any of {', '.join(METRICS)}, with commas between. [default: loss,exact; loss,choice for rows with choices]",
+        show_default=False,
+    ),
+]
+Labels = Annotated[
+    str | None,
+    typer.Option(
+        "--labels", metavar="FILE", help="Labels to choose from, one a line. [default: the rows' own]", show_default=False
+    ),
+]
+VersusBase = Annotated[bool, typer.Option("--vs-base", help="Evaluate the model before tuning too.")]
+Versus = Annotated[
+    str | None, typer.Option("--vs", metavar="RUN|MODEL", help="Compare with another run or model.", show_default=False)
+]
+Guard = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--guard",
+        metavar="[NAME=]FILE[:BOUND]",
+        help="Rows on which tuning may make the model worse by no more than BOUND, else exit code 6: 0.05, 2% of the "
+        "base's value, or FIGURE=BOUND. May be repeated. [default: 2% of the loss]",
+        show_default=False,
+    ),
+]
+MaxLength = Annotated[
+    int | None,
+    typer.Option("--max-length", min=8, help="Longest row in tokens.", show_default=f"the run's, else {MAX_LENGTH}"),
+]
+LongRows = Annotated[str, typer.Option("--on-long", metavar="error|drop|truncate", help="What happens to longer rows.")]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest generated answer.")]
+FirstRows = Annotated[
+    int | None, typer.Option("--rows", min=1, help="Use only the first N rows of each file.", show_default=False)
+]
+Html = Annotated[
+    Path | None,
+    typer.Option("--html", metavar="FILE", help="Write a page with worst cases and examples.", show_default=False),
+]
+
+
 def evaluate(
     target: Target,
-    data: Annotated[
-        list[str] | None,
-        typer.Option("--data", metavar="[NAME=]FILE", help="Rows to evaluate on; may be repeated.", show_default=False),
-    ] = None,
+    data: Data = None,
     adapter: Adapter = None,
-    metrics: Annotated[
-        str | None,
-        typer.Option(
-            "--metrics",
-            metavar="NAMES",
-            help=f"Any of {', '.join(METRICS)}, with commas between. [default: loss,exact; loss,choice for rows with choices]",
-            show_default=False,
-        ),
-    ] = None,
-    labels: Annotated[
-        str | None,
-        typer.Option(
-            "--labels", metavar="FILE", help="Labels to choose from, one a line. [default: the rows' own]", show_default=False
-        ),
-    ] = None,
-    vs_base: Annotated[bool, typer.Option("--vs-base", help="Evaluate the model before tuning too.")] = False,
-    vs: Annotated[
-        str | None, typer.Option("--vs", metavar="RUN|MODEL", help="Compare with another run or model.", show_default=False)
-    ] = None,
-    guard: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--guard",
-            metavar="[NAME=]FILE[:BOUND]",
-            help="Rows on which tuning may make the model worse by no more than BOUND, else exit code 6: 0.05, 2% of the "
-            "base's value, or FIGURE=BOUND. May be repeated. [default: 2% of the loss]",
-            show_default=False,
-        ),
-    ] = None,
+    metrics: Metrics = None,
+    labels: Labels = None,
+    vs_base: VersusBase = False,
+    vs: Versus = None,
+    guard: Guard = None,
     base: flags.Base = None,
-    max_length: Annotated[
-        int | None,
-        typer.Option("--max-length", min=8, help="Longest row in tokens.", show_default=f"the run's, else {MAX_LENGTH}"),
-    ] = None,
-    on_long: Annotated[
-        str, typer.Option("--on-long", metavar="error|drop|truncate", help="What happens to longer rows.")
-    ] = "error",
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest generated answer.")] = 128,
-    rows: Annotated[
-        int | None, typer.Option("--rows", min=1, help="Use only the first N rows of each file.", show_default=False)
-    ] = None,
-    html: Annotated[
-        Path | None,
-        typer.Option("--html", metavar="FILE", help="Write a page with worst cases and examples.", show_default=False),
-    ] = None,
+    max_length: MaxLength = None,
+    on_long: LongRows = "error",
+    max_new_tokens: MaxNewTokens = 128,
+    rows: FirstRows = None,
+    html: Html = None,
     offline: flags.Offline = False,
     as_json: flags.Json = False,
 ) -> None:
