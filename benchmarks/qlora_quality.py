@@ -1,13 +1,14 @@
 """What 4 bits cost: perplexity of a model in each 4-bit format, and held-out loss after tuning on a full or a 4-bit base.
 
     python benchmarks/qlora_quality.py --text FILE [--model M] [--out quality.json]
-    python benchmarks/qlora_quality.py --train A.jsonl B.jsonl --valid A.jsonl B.jsonl [--seeds 3] [--steps N]
+    python benchmarks/qlora_quality.py --train A.jsonl B.jsonl --valid A.jsonl B.jsonl [--seeds 3] [--steps N] [--runs DIR]
 
 Perplexity: linear layers but the head are rounded to the format, all else stays; windows of the text do not overlap and every
 token but a window's first counts. Against bf16 the mean difference of the loss is given with its 95 % interval over windows
 (bootstrap, paired). Int4 and FP4 are round trips through their tables with scales in float32; NF4 is the stored matrix.
 Tuning: full, LoRA and QLoRA with one data set, length and seed after the other, each run in a process of its own; a full
-run has a tenth of the learning rate. Means are over seeds, intervals are Student's at 95 %.
+run has a tenth of the learning rate. Means are over seeds, intervals are Student's at 95 %. --runs keeps the run folders, as
+DATA-METHOD-SEED, and takes the loss of one that is there already and was made with the same settings.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--eval-rows", type=int, default=200)
+    parser.add_argument("--runs", type=Path, help="keep the run folders here")
     parser.add_argument("--bootstrap-seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     parser.add_argument("--format", choices=FORMATS, help=argparse.SUPPRESS)
@@ -163,7 +165,7 @@ def tune(train: Path, valid: Path, options: argparse.Namespace) -> dict[str, Any
     summary = {method: {"losses": losses, **interval(losses)} for method, losses in methods.items()}
     means = {method: summary[method]["mean"] for method in METHODS}
     return {
-        "train": train.name,
+        "train": f"{train.parent.name}/{train.name}",
         "steps": options.steps,
         "methods": summary,
         "qlora_over_lora": ratio(methods["qlora"], methods["lora"]),
@@ -174,17 +176,31 @@ def tune(train: Path, valid: Path, options: argparse.Namespace) -> dict[str, Any
 
 def tuned_loss(train: Path, valid: Path, method: str, seed: int, options: argparse.Namespace) -> float:
     with tempfile.TemporaryDirectory() as work:
+        kept = options.runs and options.runs.resolve() / f"{train.parent.name}-{method}-{seed}"
         config = {
             "data": str(train.resolve()), "eval_data": str(valid.resolve()), "model": options.model, "method": method,
             "seed": seed, "steps": options.steps, "batch_size": options.batch, "eval_rows": options.eval_rows,
             "eval_every": options.steps, "save_every": options.steps, "keep_checkpoints": 1, "samples": 0,
-            "out": str(Path(work) / "run"),
+            "out": str(kept or Path(work) / "run"),
         }  # fmt: skip
         path = Path(work) / "config.json"
         write_json(path, config)
-        loss = float(run_part(__file__, "tuning", ["--config", str(path)])["loss"])
-    print(f"{train.name}: {method}, seed {seed}: held-out loss {loss:.4f}", flush=True)
+        loss = (kept and kept_loss(kept, config)) or float(run_part(__file__, "tuning", ["--config", str(path)])["loss"])
+        if kept:
+            write_json(kept.with_suffix(".json"), {"config": config, "loss": loss})
+    print(f"{train.parent.name}/{train.name}: {method}, seed {seed}: held-out loss {loss:.4f}", flush=True)
     return loss
+
+
+def kept_loss(run: Path, config: dict[str, Any]) -> float | None:
+    """The loss written beside a run folder; an error where the folder was made with other settings."""
+    record = run.with_suffix(".json")
+    if not record.is_file():
+        return None
+    before = json.loads(record.read_text(encoding="utf-8"))
+    if before["config"] != config:
+        raise SystemExit(f"{run} was made with other settings; name another folder with --runs.")
+    return float(before["loss"])
 
 
 def tuning(options: argparse.Namespace) -> dict[str, Any]:
