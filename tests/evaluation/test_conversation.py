@@ -11,6 +11,7 @@ from luthier.errors import ConfigError, DataError
 from luthier.evaluation.conversation import Conversation
 from luthier.evaluation.generate import generate_batch
 from luthier.evaluation.pieces import PieceDecoder, text_of
+from luthier.generation import LabelConstraint, Sampling
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def test_only_what_is_new_is_read(model, tokenizer) -> None:
 
 def test_sampling_follows_its_seed_and_top_p(model, tokenizer) -> None:
     def answer(**values) -> str:
-        return "".join(Conversation(model, tokenizer, max_new_tokens=16, **values).ask("hello"))
+        return "".join(Conversation(model, tokenizer, max_new_tokens=16, sampling=Sampling(**values)).ask("hello"))
 
     state = torch.get_rng_state()
     greedy = answer()
@@ -111,12 +112,12 @@ def test_sampling_follows_its_seed_and_top_p(model, tokenizer) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_top_p_keeps_the_likeliest_tokens_that_reach_it(model, tokenizer) -> None:
-    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-    drawn = {0.4: {0}, 0.6: {0, 1}, 0.79: {0, 1}, 0.9: {0, 1, 2}, 1.0: {0, 1, 2, 3}}
-    for top_p, kept in drawn.items():
-        conversation = Conversation(model, tokenizer, temperature=1.0, top_p=top_p)
-        assert {conversation._choose(logits) for _ in range(300)} == kept
+def test_answers_may_be_constrained_and_each_draws_numbers_of_its_own(model, tokenizer) -> None:
+    labels = LabelConstraint.of_texts(tokenizer, ["table", "jumps over", "tab"])
+    conversation = Conversation(model, tokenizer, sampling=Sampling(temperature=5.0), constraint=labels)
+    said = ["".join(conversation.ask("hello")) for _ in range(12)]
+    assert set(said) <= {"table", "jumps over", "tab"}
+    assert len(set(said)) > 1
 
 
 def test_an_interrupted_answer_stays_and_the_conversation_goes_on(model, tokenizer) -> None:
@@ -183,9 +184,6 @@ def test_a_conversation_longer_than_the_model_is_refused(tokenizer) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"temperature": -1.0}, "temperature must be 0 or a finite number above it; got -1.0"),
-        ({"temperature": float("nan")}, "temperature must be 0"),
-        ({"top_p": 0.0}, "top_p must be above 0 and at most 1; got 0.0"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1; got 0"),
     ],
 )

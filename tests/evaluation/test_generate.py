@@ -9,10 +9,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from luthier.data import Renderer
 from luthier.errors import DataError
-from luthier.evaluation import generate
 from luthier.evaluation.generate import generate_batch
 from luthier.evaluation.pieces import text_of
 from luthier.evaluation.stops import end_tokens
+from luthier.generation import generator
 
 LENGTHS = [3, 40, 3, 11, 57, 1, 24]  # some longer than the tiny models' window of 32
 
@@ -66,7 +66,7 @@ def test_batches_stay_within_their_bounds_and_keep_the_order(tokenizer, monkeypa
     expected = generate_batch(model, tokenizer, prompts, max_new_tokens=6)
     seen = []
     model.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True)
-    monkeypatch.setattr(generate, "PROMPT_TOKENS_AT_ONCE", 60)
+    monkeypatch.setattr(generator, "PROMPT_TOKENS_AT_ONCE", 60)
     progress = []
     answers = generate_batch(model, tokenizer, prompts, max_new_tokens=6, progress=lambda *state: progress.append(state))
     assert answers == expected
@@ -74,7 +74,7 @@ def test_batches_stay_within_their_bounds_and_keep_the_order(tokenizer, monkeypa
     assert prefills[0] == (1, 57)
     assert max(rows * length for rows, length in prefills) <= 60
     assert progress == [("generating", done, 7) for done in range(1, 8)]
-    monkeypatch.setattr(generate, "CACHE_BYTES_AT_ONCE", 1)
+    monkeypatch.setattr(generator, "CACHE_BYTES_AT_ONCE", 1)
     assert generate_batch(model, tokenizer, prompts, max_new_tokens=6) == expected
 
 

@@ -9,7 +9,7 @@ import typer
 
 from luthier.cli import flags
 from luthier.cli.evaluate import Adapter, Target, parse_storage, show_notes
-from luthier.errors import DataError
+from luthier.errors import ConfigError, DataError
 from luthier.units import visible
 
 if TYPE_CHECKING:
@@ -27,27 +27,47 @@ def chat(
     system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System message.", show_default=False)] = None,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
     top_p: Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample from this share of the probability.")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 512,
+    top_k: Annotated[int, typer.Option("--top-k", min=0, help="Sample from so many likeliest tokens; 0 for all.")] = 0,
+    repetition_penalty: Annotated[
+        float, typer.Option("--repetition-penalty", min=0.0, help="Above 1, tokens that came before become less likely.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Fixes the sampling.")] = 0,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "--max-new-tokens", min=1, help="Longest answer.")] = 512,
+    labels: Annotated[
+        str | None,
+        typer.Option("--labels", metavar="FILE", help="Every answer is one of these, one a line.", show_default=False),
+    ] = None,
+    json_schema: Annotated[
+        str | None,
+        typer.Option(
+            "--json-schema", metavar="FILE", help="Every answer is JSON of this schema (extra constrain).", show_default=False
+        ),
+    ] = None,
     base: flags.Base = None,
     offline: flags.Offline = False,
 ) -> None:
     """Talk to a run's tuned model, or to any model, with answers shown as they are made."""
     storage = parse_storage(base)
+    if labels is not None and json_schema is not None:
+        raise ConfigError("one constraint at a time; got --labels and --json-schema. Leave one out.")
 
     from luthier.cli.display import progress_display
     from luthier.cli.quiet import quiet_libraries
 
     quiet_libraries()
     with progress_display() as progress:
+        from luthier.evaluation.constrain import check_files, read_constraint
         from luthier.evaluation.conversation import Conversation
+        from luthier.generation import Sampling
         from luthier.training.load_run import load_target
 
+        sampling = Sampling(temperature, top_p, top_k, repetition_penalty, seed)
+        check_files(labels=labels, json_schema=json_schema)
         loaded = load_target(target, adapter=adapter, base=storage, offline=offline, progress=progress)
     show_notes(loaded.notes)
     conversation = Conversation(
-        loaded.model, loaded.tokenizer, system=system, temperature=temperature, top_p=top_p,
-        max_new_tokens=max_new_tokens, seed=seed,
+        loaded.model, loaded.tokenizer, system=system, sampling=sampling,
+        constraint=read_constraint(loaded.tokenizer, labels=labels, json_schema=json_schema), max_new_tokens=max_tokens,
     )  # fmt: skip
     if prompt is not None:
         _answer(conversation, prompt)

@@ -23,7 +23,7 @@ from luthier.evaluation.measures import WRITTEN, check_metrics
 from luthier.evaluation.pieces import text_of
 from luthier.evaluation.scores import score_examples, supervised_count
 from luthier.evaluation.sets import Extras
-from luthier.evaluation.stops import position_limit
+from luthier.generation.generator import position_limit
 from luthier.progress import Progress
 
 DEFAULT_METRICS = ("loss", "exact")

@@ -16,7 +16,7 @@ from luthier.data.packing import Pack, pack_examples
 from luthier.errors import DataError, NumericError, ShapeError, bulleted
 from luthier.evaluation.bootstrap import Array
 from luthier.evaluation.loss import LOGITS_AT_ONCE, MIN_CHUNK_ROWS, predicting_hidden, suits_the_kernel
-from luthier.evaluation.stops import position_limit
+from luthier.generation.generator import position_limit
 from luthier.kernels.head import linear_cross_entropy as kernel_cross_entropy
 from luthier.models.modes import evaluation_mode
 from luthier.models.packed import Head, head_of, packed_logits, shares_prefixes

@@ -22,8 +22,3 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rende
     # An answer may begin with control tokens too, such as those that name a channel; the last one closes it.
     closing = next((token for token in reversed(taught) if token in controls), None)
     return frozenset(found if closing is None else found | {closing})
-
-
-def position_limit(model: PreTrainedModel) -> int | None:
-    """How many positions the model has, or None where its configuration names no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
