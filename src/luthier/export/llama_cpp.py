@@ -29,7 +29,7 @@ class LlamaCpp:
     """
 
     def __init__(self, path: Path, positions: int, *, adapter: Path | None = None):
-        from llama_cpp import Llama
+        from llama_cpp import GGML_TYPE_F32, Llama
 
         self.name = f"llama.cpp (llama-cpp-python {version('llama_cpp_python')})"
         try:
@@ -39,6 +39,8 @@ class LlamaCpp:
                 n_ctx=positions,
                 n_threads=torch.get_num_threads(),
                 logits_all=True,
+                type_k=GGML_TYPE_F32,
+                type_v=GGML_TYPE_F32,
                 n_gpu_layers=0,
                 verbose=False,
             )
