@@ -35,6 +35,21 @@ def test_a_merged_file_computes_what_was_trained(tmp_path: Path, family: str, ki
     assert theirs.equal_tokens == 1.0
 
 
+@pytest.mark.parametrize("kind", ["q8_0", "q6_k", "q4_k", "q4_1", "q4_0"])
+def test_blocks_are_read_as_we_read_them(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama.cpp rounds what goes into blocks to 8 bits, on which a random model's greedy text turns."""
+    monkeypatch.setattr("luthier.export.verify.LEAST_EQUAL_ROWS", 0.0)
+    random_model("llama", hidden_size=256, intermediate_size=256).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    adapter = adapted(tmp_path, model=tmp_path / "model")
+    report = export(str(adapter), to="gguf", out=tmp_path / "out", dtype=kind, data=row_file(tmp_path), verify=True)
+    assert kind.upper() in report.kinds
+    _, theirs, _ = report.verification
+    assert theirs.by.startswith("llama.cpp")
+    assert theirs.difference.logits_error < 5e-2
+    assert theirs.difference.token_agreement > 0.85
+
+
 @pytest.mark.parametrize("kind", [Kind.F16, Kind.Q8_0, Kind.Q4_1])
 @pytest.mark.parametrize("spec", [{}, {"variant": "rslora", "rank_pattern": {"q_proj": 2}}])
 def test_an_adapter_on_blocks_as_they_are(tmp_path: Path, kind: Kind, spec: dict, monkeypatch: pytest.MonkeyPatch) -> None:
