@@ -216,3 +216,20 @@ def test_weights_that_give_nan_are_a_numeric_error(capsys, tmp_path: Path, folde
     code, out, err = invoke(capsys, "eval", tmp_path / "broken", "--data", folder / "labels.jsonl", "--metrics", metrics)
     assert (code, out) == (5, "")
     assert "must be finite" in err
+
+
+def test_rows_that_the_run_was_trained_on_are_counted(capsys, tiny_llama: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+    rows = [json.dumps({"prompt": f"say {n}", "completion": str(n)}) for n in range(6)]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows))
+    (tmp_path / "held.jsonl").write_text("\n".join([*rows[2:4], *(row.replace("say", "tell") for row in rows)]))
+    flags = ["--model", tiny_llama, "--steps", 2, "--batch-size", 2, "--rank", 2, "--out", tmp_path / "run"]
+    code, _, err = invoke(capsys, "train", tmp_path / "train.jsonl", *flags)
+    assert code == 0, err
+    arguments = ["eval", tmp_path / "run", "--data", tmp_path / "held.jsonl", "--metrics", "loss"]
+    code, _, err = invoke(capsys, *arguments)
+    assert code == 0, err
+    assert "2 of 8 rows of held are also in the training data" in err
+    assert "1 of 1 rows of held" in invoke(capsys, *arguments, "--rows", 1)[2]
+    (tmp_path / "train.jsonl").unlink()
+    assert "are also in the training data" not in invoke(capsys, *arguments)[2]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from exporting import adapted, row_file
+from safetensors import SafetensorError
 from tiny_runs import tiny_config
 
 from luthier.cli.export import DEFAULT_ROWS
@@ -73,6 +76,42 @@ def test_a_result_that_computes_something_else_is_not_left_behind(
     code, _, err = output(arguments, capsys)
     assert code == 5
     assert "an export must compute what was trained (logits within 0.0001 of the largest); the merge in memory" in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("to", ["peft", "mlx", "gguf-adapter", "merged"])
+def test_a_full_disk_is_said_and_nothing_is_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
+    adapter = adapted(tmp_path)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def full_for_safetensors(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("luthier.adapters.peft_format.save_file", full_for_safetensors)
+    monkeypatch.setattr("luthier.export.mlx.save_file", full_for_safetensors)
+    monkeypatch.setattr("luthier.export.gguf_adapter.GGUFWriter", full)
+    monkeypatch.setattr("luthier.export.merged_folder.write_safetensors", full)
+    before = set(tmp_path.iterdir())
+    code, _, err = output(["export", str(adapter), "--to", to, "--out", str(tmp_path / "out"), "--rows", "0"], capsys)
+    assert code == 3
+    assert f"{tmp_path / 'out'} could not be written: " in err
+    assert "No space left on device" in err
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_weights_that_cannot_fit_the_disk_are_refused_before_writing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = adapted(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    code, _, err = output(["export", str(adapter), "--to", "gguf", "--out", str(tmp_path / "out"), "--rows", "0"], capsys)
+    assert code == 3
+    assert f"{tmp_path} must have room for the weights: " in err
+    assert "Free some space, or choose another --out or a smaller --dtype." in err
     assert not (tmp_path / "out").exists()
 
 

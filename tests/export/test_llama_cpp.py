@@ -35,11 +35,32 @@ def test_a_merged_file_computes_what_was_trained(tmp_path: Path, family: str, ki
     assert theirs.equal_tokens == 1.0
 
 
+@pytest.mark.parametrize("kind", ["q8_0", "q6_k", "q4_k", "q4_1", "q4_0"])
+def test_blocks_are_read_as_we_read_them(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama.cpp rounds what goes into blocks to 8 bits, on which a random model's greedy text turns."""
+    monkeypatch.setattr("luthier.export.verify.LEAST_EQUAL_ROWS", 0.0)
+    random_model("llama", hidden_size=256, intermediate_size=256).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    adapter = adapted(tmp_path, model=tmp_path / "model")
+    report = export(str(adapter), to="gguf", out=tmp_path / "out", dtype=kind, data=row_file(tmp_path), verify=True)
+    assert kind.upper() in report.kinds
+    _, theirs, _ = report.verification
+    assert theirs.by.startswith("llama.cpp")
+    assert theirs.difference.logits_error < 5e-2
+    assert theirs.difference.token_agreement > 0.85
+
+
 @pytest.mark.parametrize("kind", [Kind.F16, Kind.Q8_0, Kind.Q4_1])
 @pytest.mark.parametrize("spec", [{}, {"variant": "rslora", "rank_pattern": {"q_proj": 2}}])
-def test_an_adapter_on_blocks_as_they_are(tmp_path: Path, kind: Kind, spec: dict) -> None:
-    """What was trained here on a GGUF file's own blocks is what llama.cpp serves from that file and the adapter's."""
-    base = write_gguf(tmp_path / "base.gguf", random_model("llama"), "llama", kind)
+def test_an_adapter_on_blocks_as_they_are(tmp_path: Path, kind: Kind, spec: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was trained here on a GGUF file's own blocks is what llama.cpp serves from that file and the adapter's.
+
+    llama.cpp rounds what goes into such a matrix to 16 or 8 bits. A random model's likeliest tokens are nearly tied, so
+    that its greedy text turns on this; that of a trained one is compared in benchmarks/export.py.
+    """
+    monkeypatch.setattr("luthier.export.verify.LEAST_EQUAL_ROWS", 0.0)
+    model = random_model("llama", vocab_size=len(tiny_tokenizer()))  # llama.cpp wants a token for each row
+    base = write_gguf(tmp_path / "base.gguf", model, "llama", kind)
     model, _ = luthier.load(str(base))
     attach(model, AdapterSpec(rank=4, **spec), seed=1)
     with torch.no_grad():
@@ -49,5 +70,6 @@ def test_an_adapter_on_blocks_as_they_are(tmp_path: Path, kind: Kind, spec: dict
     ours, theirs = report.verification
     assert ours.difference.largest_logits_error <= 1e-4
     assert theirs.by.startswith("llama.cpp")
-    assert theirs.difference.logits_error < 5e-2
+    assert theirs.difference.logits_error < (1e-3 if kind == Kind.F16 else 5e-2)
+    assert theirs.difference.token_agreement > 0.9
     assert theirs.equal_tokens == 1.0

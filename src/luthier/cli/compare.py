@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from luthier.adapters import disabled
 from luthier.config import Storage, make_config
-from luthier.data import Renderer
-from luthier.errors import ConfigError
+from luthier.data import Dataset, Renderer, RowCache, kept_examples, overlap
+from luthier.errors import ConfigError, DataError
 from luthier.evaluation import text_metrics
 from luthier.evaluation.compare import SetReport, check_same_rows, metrics_for, report_on
 from luthier.evaluation.evaluate import EvalResult, evaluate
@@ -68,7 +68,7 @@ def compare(request: Request, progress: Progress) -> Comparison:
     asked = metrics_for(sets, request.metrics)
     _add_labels(sets, asked, view.renderer(loaded.tokenizer), request)
     tuned = _measure("model", loaded, view, sets, asked, request, progress)
-    notes, paths = list(loaded.notes), {one.name: one.path for one in files}
+    notes, paths = [*loaded.notes, *_overlaps(loaded, sets, request)], {one.name: one.path for one in files}
     others, same = _measure_other(loaded, view, files, sets, asked, request, progress, notes)
     reports = [report_on(one, result, other, same_tokens=same) for one, result, other in zip(sets, tuned, others, strict=True)]
     for report, one in zip(reports, sets, strict=True):
@@ -98,6 +98,27 @@ def _view(loaded: Target, request: Request) -> _View:
 def _load_sets(files: Sequence[NamedFile], loaded: Target, view: _View, request: Request) -> list[EvalSet]:
     renderer = view.renderer(loaded.tokenizer)
     return [load_set(file, renderer, on_long=request.on_long, offline=view.offline) for file in files]
+
+
+def _overlaps(loaded: Target, sets: Sequence[EvalSet], request: Request) -> list[str]:
+    """What to say of sets whose rows the run was trained on too, as far as the cache still holds those it was trained on."""
+    if loaded.run_dir is None:
+        return []
+    config = make_config(read_config(loaded.run_dir))
+    renderer = Renderer(loaded.tokenizer, max_length=config.max_length, loss_on=config.loss_on)
+    notes: list[str] = []
+    try:
+        train = kept_examples(config.data, renderer, on_long=config.on_long, cache=RowCache(notes.append), offline=True)
+    except DataError:  # the file it was trained on is gone: there is nothing to compare with
+        train = None
+    for one in sets:
+        rows = one.dataset.examples[: request.rows]
+        if train is not None and (shared := overlap(train, Dataset(rows, {}))):
+            notes.append(
+                f"{shared} of {len(rows)} rows of {one.name} are also in the training data: their score says how well the "
+                "model remembers, not how well it generalises."
+            )
+    return notes
 
 
 def _add_labels(sets: Sequence[EvalSet], asked: Sequence[tuple[str, ...]], renderer: Renderer, request: Request) -> None:

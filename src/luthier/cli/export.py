@@ -16,49 +16,57 @@ if TYPE_CHECKING:
 DEFAULT_ROWS = 32
 
 
+Exported = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN|ADAPTER|MODEL", help="A run, an adapter folder of PEFT or mlx-lm, or a model.", show_default=False
+    ),
+]
+Form = Annotated[
+    str, typer.Option("--to", metavar="merged|gguf|gguf-adapter|peft|mlx", help="What to write.", show_default=False)
+]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder for the result.", show_default=False)]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        metavar="TYPE",
+        help="merged: f32, bf16, f16, nf4. gguf: f32, bf16, f16, q8_0, q6_k, q4_k, q4_1, q4_0, or asis, which keeps a GGUF "
+        "base's blocks. [default: merged, the base's own; gguf, f16]",
+        show_default=False,
+    ),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        metavar="original|dequantized",
+        help="Weights to merge into: the published ones, or those trained on. [default: dequantized]",
+        show_default=False,
+    ),
+]
+BaseModel = Annotated[
+    str | None, typer.Option("--model", metavar="M", help="The base of an adapter folder.", show_default=False)
+]
+Rows = Annotated[
+    str | None, typer.Option("--data", metavar="FILE", help="Rows to compare on. [default: the run's]", show_default=False)
+]
+RowCount = Annotated[int, typer.Option("--rows", min=0, help="How many rows to compare on; 0 for none.")]
+Verify = Annotated[
+    bool, typer.Option("--verify", help="Open the result with the program it is for and compare.", show_default=False)
+]
+
+
 def export(
-    target: Annotated[
-        str,
-        typer.Argument(
-            metavar="RUN|ADAPTER|MODEL", help="A run, an adapter folder of PEFT or mlx-lm, or a model.", show_default=False
-        ),
-    ],
-    to: Annotated[
-        str,
-        typer.Option("--to", metavar="merged|gguf|gguf-adapter|peft|mlx", help="What to write.", show_default=False),
-    ],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder for the result.", show_default=False)],
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            "--dtype",
-            metavar="TYPE",
-            help="merged: f32, bf16, f16, nf4. gguf: f32, bf16, f16, q8_0, q6_k, q4_k, q4_1, q4_0, or asis, which keeps a GGUF "
-            "base's blocks. [default: merged, the base's own; gguf, f16]",
-            show_default=False,
-        ),
-    ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            "--base",
-            metavar="original|dequantized",
-            help="Weights to merge into: the published ones, or those trained on. [default: dequantized]",
-            show_default=False,
-        ),
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", metavar="M", help="The base of an adapter folder.", show_default=False)
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option("--data", metavar="FILE", help="Rows to compare on. [default: the run's]", show_default=False),
-    ] = None,
-    rows: Annotated[int, typer.Option("--rows", min=0, help="How many rows to compare on; 0 for none.")] = DEFAULT_ROWS,
-    verify: Annotated[
-        bool,
-        typer.Option("--verify", help="Open the result with the program it is for and compare.", show_default=False),
-    ] = False,
+    target: Exported,
+    to: Form,
+    out: Out,
+    dtype: Dtype = None,
+    base: Base = None,
+    model: BaseModel = None,
+    data: Rows = None,
+    rows: RowCount = DEFAULT_ROWS,
+    verify: Verify = False,
     offline: flags.Offline = False,
     as_json: flags.Json = False,
 ) -> None:

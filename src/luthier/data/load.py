@@ -57,6 +57,17 @@ def load_examples(
     return _dataset(source, rows, now, "made" if now == sha256 and cache.write(key, rows) else "not kept")
 
 
+def kept_examples(data: str, renderer: Renderer, *, on_long: OnLong, cache: RowCache, offline: bool = False) -> Dataset | None:
+    """The rows of `data` as they were rendered before, None where the cache does not hold them. Nothing is rendered.
+
+    Raises DataError for a file that is not there or cannot be read.
+    """
+    source = open_source(data, offline=offline)
+    sha256 = source.sha256()
+    kept = cache.read(row_key(sha256, source, renderer, on_long))
+    return None if kept is None else _dataset(source, kept, sha256, "used")
+
+
 def _render_file(source: Source, renderer: Renderer, on_long: OnLong) -> RowFile:
     problems, lengths = Problems(), Lengths()
     form = ""

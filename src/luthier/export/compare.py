@@ -24,10 +24,13 @@ from luthier.matrices import Matrix
 from luthier.models.blocks.body import without_blocks
 from luthier.models.modes import evaluation_mode
 from luthier.models.packed import head_of, packed_hidden, packed_logits
+from luthier.training.memory import available_bytes
 
 PACK_TOKENS = 4096
 # Logits of the reference are kept: supervised tokens times vocabulary, 4 bytes each.
 LOGITS_BYTES = 512 << 20
+# Of the memory that is free, what merged matrices may take while there is another pack to multiply with them.
+KEPT_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -63,14 +66,14 @@ class Reference:
 
 
 @torch.no_grad()
-def reference_of(model: PreTrainedModel, examples: Sequence[Example]) -> Reference:
-    """Logits of as many of the rows, from the first on, as LOGITS_BYTES allow; of one at least."""
+def reference_of(model: PreTrainedModel, examples: Sequence[Example], most_bytes: int = LOGITS_BYTES) -> Reference:
+    """Logits of as many of the rows, from the first on, as fit into `most_bytes`; of one at least."""
     vocabulary = int(model.config.get_text_config().vocab_size)
     kept: list[Example] = []
     tokens = 0
     for example in examples:
         own = sum(example.supervised[1:])
-        if kept and 4 * vocabulary * (tokens + own) > LOGITS_BYTES:
+        if kept and 4 * vocabulary * (tokens + own) > most_bytes:
             break
         if own:
             kept.append(example)
@@ -108,7 +111,8 @@ def merged_difference(
     """Compare the model as trained with its merge, each matrix stored as `store(layer, merged weight)` makes it, norms and
     biases as `plain_kind`.
 
-    A matrix is merged when it is multiplied with and dropped again, so memory holds one at a time.
+    A matrix is merged when it is first multiplied with, and kept for the next pack as far as KEPT_SHARE of the free memory
+    goes; the others are merged anew for each pack, so that of these memory holds one at a time.
     """
     return difference_to(reference, _merged_logits(reference, merge, store, plain_kind))
 
@@ -122,15 +126,22 @@ def merged_reference(reference: Reference, merge: Merge, store: Callable[[str, T
 def _merged_logits(
     reference: Reference, merge: Merge, store: Callable[[str, Tensor], Matrix], plain_kind: str
 ) -> Iterator[Tensor]:
-    with torch.no_grad(), evaluation_mode(merge.model), without_blocks(), _merged(merge, store, plain_kind):
+    room = _Room(int(KEPT_SHARE * available_bytes()) if len(reference.packs) > 1 else 0)
+    with torch.no_grad(), evaluation_mode(merge.model), without_blocks(), _merged(merge, store, plain_kind, room):
         for pack in reference.packs:
             yield _logits(merge.model, pack)
 
 
 def model_difference(reference: Reference, model: PreTrainedModel) -> Difference:
     """Compare the model as trained with any other loaded one, such as an export that was read back."""
+    return difference_to(reference, model_logits(model, reference))
+
+
+def model_logits(model: PreTrainedModel, reference: Reference) -> Iterator[Tensor]:
+    """The logits of any loaded model at the reference's supervised tokens, a pack at a time."""
     with torch.no_grad(), evaluation_mode(model):
-        return difference_to(reference, (_logits(model, pack) for pack in reference.packs))
+        for pack in reference.packs:
+            yield _logits(model, pack)
 
 
 def _logits(model: PreTrainedModel, pack: Pack) -> Tensor:
@@ -140,25 +151,44 @@ def _logits(model: PreTrainedModel, pack: Pack) -> Tensor:
     return head.logits(packed_hidden(model, pack.ids, pack.starts, pack.predict))
 
 
-class _MergedMatrix(nn.Module):
-    """Stands in a layer's place of its matrix: merges at each use. Only what a forward pass asks for."""
+@dataclass
+class _Room:
+    """left: bytes that merged matrices may still take."""
 
-    def __init__(self, merge: Merge, name: str, store: Callable[[str, Tensor], Matrix]):
+    left: int
+
+
+class _MergedMatrix(nn.Module):
+    """Stands in a layer's place of its matrix: merges when it is used, and keeps the result where there is room for it.
+    Only what a forward pass asks for."""
+
+    def __init__(self, merge: Merge, name: str, store: Callable[[str, Tensor], Matrix], room: _Room):
         super().__init__()
         matrix = merge.matrix(name)
         self._make = lambda: store(name, merge.weight(name))
+        self._kept: list[Matrix] = []  # in a list, so that it is no module of the model
+        self._room = room
         self.shape, self.weight, self.kind = matrix.shape, matrix.weight, matrix.kind
         self.transposed = False
 
     def matmul(self, x: Tensor, bias: Tensor | None = None, term: kernels.Term | None = None) -> Tensor:
-        return self._make().matmul(x, bias, term)
+        return self._merged().matmul(x, bias, term)
 
     def rows(self, ids: Tensor) -> Tensor:
-        return self._make().rows(ids)
+        return self._merged().rows(ids)
+
+    def _merged(self) -> Matrix:
+        if self._kept:
+            return self._kept[0]
+        matrix = self._make()
+        if matrix.size_bytes <= self._room.left:
+            self._room.left -= matrix.size_bytes
+            self._kept.append(matrix)
+        return matrix
 
 
 @contextmanager
-def _merged(merge: Merge, store: Callable[[str, Tensor], Matrix], plain_kind: str) -> Iterator[None]:
+def _merged(merge: Merge, store: Callable[[str, Tensor], Matrix], plain_kind: str, room: _Room) -> Iterator[None]:
     """Within it every low-rank layer of the model computes with its merged matrix and bias, without terms."""
     layers = low_rank_layers(merge.model)
     before: list[tuple[Any, Any, Any, Any]] = [
@@ -170,7 +200,7 @@ def _merged(merge: Merge, store: Callable[[str, Tensor], Matrix], plain_kind: st
             if isinstance(layer, LowRankLinear):
                 bias = merge.bias(name)
                 layer.bias = None if bias is None else nn.Parameter(_rounded(bias, plain_kind, name), requires_grad=False)
-            layer.matrix = _MergedMatrix(merge, name, store)  # type: ignore[assignment]
+            layer.matrix = _MergedMatrix(merge, name, store, room)  # type: ignore[assignment]
             layer.terms = nn.ModuleDict()
         for parameter, data in plain:
             parameter.data = _rounded(data, plain_kind, "a norm or bias")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from luthier.adapters import save_adapter
 from luthier.data import Example, Renderer
-from luthier.errors import ConfigError, NumericError, PreflightError, nearest
+from luthier.errors import AdapterError, ConfigError, NumericError, PreflightError, nearest, one_line
 from luthier.evaluation.stops import end_tokens
 from luthier.export import forms
 from luthier.export.card import license_of, write_card
@@ -24,6 +27,7 @@ from luthier.export.choices import (
     merge_of,
     plain_kind,
     recommend,
+    size_of,
     storing,
     warning,
 )
@@ -42,6 +46,7 @@ from luthier.export.verify import Verification, verify_gguf, verify_gguf_adapter
 from luthier.models.cache import publish
 from luthier.models.load import Loaded
 from luthier.progress import Progress
+from luthier.units import size_text
 
 MERGED_FORMS, ADAPTER_FORMS = ("merged", "gguf"), ("peft", "mlx", "gguf-adapter")
 FORMS = (*MERGED_FORMS, *ADAPTER_FORMS)
@@ -137,12 +142,30 @@ def export(
             file = f"{_file_name(subject.name)}-{(dtype or 'f16') if to == 'gguf' else 'adapter'}.gguf"
             job = _Job(subject, report, stage, file, examples, reference, original, progress)
             _write(job, to, dtype, base or DEQUANTIZED, verify)
-    except OSError as error:
-        raise PreflightError(
-            f"{folder} could not be written: {error.strerror or error}. Check the disk's free space."
-        ) from error
+    except (OSError, SafetensorError, AdapterError) as error:
+        reason = _refused(error)
+        if reason is None:
+            raise
+        raise PreflightError(f"{folder} could not be written: {reason}. Check the disk's free space.") from error
     report.notes = [*subject.notes, *report.notes]
     return report
+
+
+def _refused(error: Exception) -> str | None:
+    """What the disk said, where it refused what was written; None for an error of another kind."""
+    if isinstance(error, AdapterError):  # of an adapter that could not be saved
+        return _refused(error.__cause__) if isinstance(error.__cause__, OSError | SafetensorError) else None
+    return (error.strerror if isinstance(error, OSError) else None) or one_line(error)
+
+
+def _check_space(folder: Path, merge: Merge, kind: str) -> None:
+    """Raise PreflightError where the weights alone would fill the disk."""
+    needed, free = size_of(merge, kind), shutil.disk_usage(folder).free
+    if needed > free:
+        raise PreflightError(
+            f"{folder} must have room for the weights: {size_text(needed)} in {kind}; {size_text(free)} are free. "
+            "Free some space, or choose another --out or a smaller --dtype."
+        )
 
 
 def _write(job: _Job, to: str, dtype: str | None, base: str, verify: bool) -> None:
@@ -152,6 +175,7 @@ def _write(job: _Job, to: str, dtype: str | None, base: str, verify: bool) -> No
         merge = merge_of(job.subject.model, job.original, base)
         kind = dtype or (default_kind(merge) if to == "merged" else "f16")
         job.report.dtype, job.report.base, job.report.tied = kind, base, merge.tied
+        _check_space(Path(job.report.out).parent, merge, kind)
         if merge.untied:
             job.report.notes.append("The adapter made head and embedding differ: both are written, untied.")
         checked = _write_merged(job, merge, kind) if to == "merged" else _write_gguf(job, merge, kind, license_name)

@@ -25,12 +25,14 @@ def is_installed() -> bool:
 class LlamaCpp:
     """A GGUF file, and an adapter file on it, opened by llama.cpp on the CPU. positions: tokens in the longest row.
 
+    exact_cache: keys and values are kept in float32, which tells a wrong file from rounding; llama.cpp's default is float16.
     Raises ModelError if llama.cpp does not open them.
     """
 
-    def __init__(self, path: Path, positions: int, *, adapter: Path | None = None):
-        from llama_cpp import Llama
+    def __init__(self, path: Path, positions: int, *, adapter: Path | None = None, exact_cache: bool = True):
+        from llama_cpp import GGML_TYPE_F32, Llama
 
+        cache_type = GGML_TYPE_F32 if exact_cache else None
         self.name = f"llama.cpp (llama-cpp-python {version('llama_cpp_python')})"
         try:
             self._llama: Any = Llama(
@@ -38,7 +40,10 @@ class LlamaCpp:
                 lora_path=None if adapter is None else str(adapter),
                 n_ctx=positions,
                 n_threads=torch.get_num_threads(),
+                n_threads_batch=torch.get_num_threads(),
                 logits_all=True,
+                type_k=cache_type,
+                type_v=cache_type,
                 n_gpu_layers=0,
                 verbose=False,
             )
@@ -52,8 +57,7 @@ class LlamaCpp:
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """(T, vocabulary) float32 of one text."""
-        self._llama.reset()
-        self._llama.eval(list(ids))
+        self._evaluate(ids)
         return torch.from_numpy(np.array(self._llama.scores[: len(ids)], dtype=np.float32))
 
     def pack_logits(self, pack: Pack) -> Tensor:
@@ -68,8 +72,7 @@ class LlamaCpp:
 
     def answer(self, prompt: Sequence[int], max_new_tokens: int, stops: Collection[int]) -> list[int]:
         """The likeliest next token again and again, end tokens left out."""
-        self._llama.reset()
-        self._llama.eval(list(prompt))
+        self._evaluate(prompt)
         answer: list[int] = []
         for token in self._likeliest(max_new_tokens):
             if token in stops:
@@ -78,6 +81,15 @@ class LlamaCpp:
             if len(answer) < max_new_tokens:
                 self._llama.eval([token])
         return answer
+
+    def _evaluate(self, ids: Sequence[int]) -> None:
+        """Make `ids` the text so far. What it begins with in common with the text before is not computed again."""
+        before = self._llama.input_ids[: self._llama.n_tokens].tolist()
+        shared = next(
+            (n for n, (old, new) in enumerate(zip(before, ids, strict=False)) if old != new), min(len(before), len(ids))
+        )
+        self._llama.n_tokens = shared
+        self._llama.eval(list(ids[shared:]))
 
     def _likeliest(self, count: int) -> Iterator[int]:
         for _ in range(count):

@@ -14,7 +14,7 @@ from luthier.adapters import load_adapter
 from luthier.adapters.base_record import BASE_FILE
 from luthier.adapters.peft_config import CONFIG_FILE
 from luthier.config import NF4Options, RunConfig, make_config
-from luthier.data import Example, Renderer, load_examples
+from luthier.data import Example, Renderer, RowCache, load_examples
 from luthier.errors import AdapterError, ConfigError, DataError
 from luthier.export.mlx import is_mlx, mlx_base_name, to_peft_folder
 from luthier.models.load import Loaded, load, open_weights
@@ -173,8 +173,10 @@ def rows_of(subject: Subject, data: str | None, count: int) -> list[Example]:
     length = config.max_length if config is not None else DEFAULT_MAX_LENGTH
     renderer = Renderer(subject.tokenizer, max_length=length, loss_on=config.loss_on if config is not None else "assistant")
     on_long = config.on_long if config is not None else "drop"
+    # The run's rows were rendered and kept when it was trained.
+    cache = RowCache(subject.notes.append) if data is None and config is not None and config.data_cache else None
     try:
-        dataset = load_examples(wanted, renderer, on_long=on_long, offline=subject.offline)
+        dataset = load_examples(wanted, renderer, on_long=on_long, offline=subject.offline, cache=cache)
     except DataError as error:
         if data is not None:
             raise
