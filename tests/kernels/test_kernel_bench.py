@@ -107,6 +107,11 @@ def test_a_matrix_can_be_had_in_every_storage(kind):
     assert kind.startswith("q5") or float((dequantize(storage) - weight).norm() / weight.norm()) < 0.12
 
 
+def test_no_case_holds_tensors_before_it_is_built():
+    for case in elementwise_cases(10**6, 10**6):  # 4 TB each
+        assert not any(isinstance(value, torch.Tensor) for value in (*case.args, *case.keywords.values()))
+
+
 def test_without_native_kernels_the_benchmark_says_so():
     with native.forced("reference"), pytest.raises(ConfigError, match="need the native kernels"):
         bench.Bounds().now("fma")

@@ -162,6 +162,17 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+def test_the_gradient_through_a_vocabulary_of_49152_agrees_with_float64():
+    torch.manual_seed(0)
+    weight, hidden, targets = torch.randn(49152, 96) / 5, torch.randn(7, 96), torch.randint(0, 49152, (7,))
+    for options in ({}, {"softcap": 8.0, "label_smoothing": 0.1}):
+        assert_close_to_float64(
+            lambda h, o=options: head.linear_cross_entropy(h, Storage.dense(weight), targets, **o)[0],
+            lambda h, o=options: exact(h, weight, targets, **o),
+            [hidden],
+        )
+
+
 @pytest.mark.slow
 def test_peak_extra_memory_at_4096_rows_and_49152_tokens():
     run = subprocess.run([sys.executable, "-c", MEMORY_SCRIPT], capture_output=True, text=True, check=True)

@@ -111,6 +111,18 @@ def test_one_token_with_a_mean_far_above_its_spread_keeps_the_error_bound(kind):
     assert relative_error(kernels.frozen_linear(x, storage), want) <= 2e-6 * 4.096**0.5
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_2_to_32_tokens_with_a_mean_far_above_their_spread_keep_the_error_bound(kind):
+    """Few tokens and tiles decode each weight before it is multiplied, whatever their number."""
+    torch.manual_seed(1)
+    storage = random_storage(kind, 64, 4096)
+    x = 100 + torch.randn(32, 4096)
+    want = x.double() @ dequantize_reference(storage).double().T
+    for tokens in (2, 3, 4, 5, 8, 16, 32):
+        got = kernels.frozen_linear(x[:tokens], storage)
+        assert relative_error(got, want[:tokens]) <= 2e-6 * 4.096**0.5, tokens
+
+
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q4_K"])
 def test_one_token_with_a_mean_and_weights_about_zero_keeps_the_error_bound(kind):
     torch.manual_seed(1)

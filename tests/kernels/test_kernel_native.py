@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import subprocess
 import sys
 import textwrap
 from ctypes import c_float, c_int64, c_void_p
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from luthier import kernels
-from luthier.errors import ConfigError, ShapeError
+from luthier.errors import ConfigError, LuthierError, ShapeError
 from luthier.kernels import attention, native, probe, registry
 from luthier.kernels.linear_native import Matrix
 from luthier.kernels.storage import KINDS
@@ -152,6 +154,34 @@ def test_entries_refuse_a_matrix_that_they_cannot_read(changed, fits):
     assert status == (native.STATUS_OK if fits else native.STATUS_BAD_ARGUMENT)
 
 
+@pytest.mark.parametrize(
+    ("status", "error", "message"),
+    [
+        (native.STATUS_NO_MEMORY, MemoryError, "lt_stub could not allocate its scratch memory."),
+        (
+            native.STATUS_BAD_ARGUMENT,
+            ShapeError,
+            r"lt_stub refused its arguments \(status 1\); the binding let a size or pointer",
+        ),
+        (
+            native.STATUS_FAILED,
+            LuthierError,
+            "lt_stub failed inside the library, for want of something that the system would not",
+        ),
+    ],
+)
+def test_each_status_is_an_error_of_its_own(status, error, message, monkeypatch):
+    class Entry:
+        def __call__(self, *arguments):
+            return status
+
+    monkeypatch.setattr(native, "library", lambda: SimpleNamespace(lt_stub=Entry()))
+    call = native.entry.__wrapped__("lt_stub", c_int64)
+    with pytest.raises(error, match=message) as raised:
+        call(1)
+    assert type(raised.value) is error
+
+
 def test_probes_measure_something():
     assert probe.fma_peak(1, steps=10_000) > 1e8
     assert probe.read_bandwidth(1, buffer=torch.ones(1 << 16)) > 1e7
@@ -175,6 +205,9 @@ def test_environment_chooses_the_kernels():
         print(said(LUTHIER_KERNELS="fast"))
         print(said(LUTHIER_KERNELS="native", LUTHIER_KERNELS_LIBRARY="/none.so"))
         os.environ["LUTHIER_KERNELS_LIBRARY"] = ""
+        native.ABI_VERSION += 1
+        print(said())
+        native.ABI_VERSION -= 1
         native.LIBRARY_NAME = "absent.so"
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -188,8 +221,12 @@ def test_environment_chooses_the_kernels():
     assert lines[0].startswith("Active(mode='reference', reason='LUTHIER_KERNELS=reference'")
     assert lines[1].startswith("LUTHIER_KERNELS is one of native, reference; got 'fast'.")
     assert lines[2] == "LUTHIER_KERNELS_LIBRARY names a file; /none.so is none. Unset it to use the installed library."
-    assert lines[3].startswith("Active(mode='reference', reason='absent.so is not installed'")
-    assert lines[4] == "1 absent.so is not installed, so every op runs in plain torch, several times slower."
+    wrong = (
+        rf"{native.LIBRARY_NAME} must have version {native.ABI_VERSION + 1}; got {native.ABI_VERSION} in /.*. Try reinstalling"
+    )
+    assert re.match(wrong, lines[3])
+    assert lines[4].startswith("Active(mode='reference', reason='absent.so is not installed'")
+    assert lines[5] == "1 absent.so is not installed, so every op runs in plain torch, several times slower."
 
 
 def test_an_instruction_set_that_the_machine_lacks_is_an_error():
@@ -236,3 +273,52 @@ def test_threads_beside_torch_and_after_fork():
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("done")
+
+
+def test_two_threads_of_python_at_once():
+    """Calls leave the interpreter's lock, so they run side by side: beside libgomp, and in a forked child beside its own pool."""
+    run = python(
+        """
+        import os, threading, torch
+        from luthier import kernels
+        from luthier.kernels.elementwise_ops import rms_norm_op
+        from luthier.kernels.head import linear_cross_entropy
+        def work(seed):
+            torch.set_num_threads(2)
+            generator = torch.Generator().manual_seed(seed)
+            weight, x = torch.randn(300, 256, generator=generator), torch.randn(70, 256, generator=generator)
+            storage, targets = kernels.Storage.dense(weight.bfloat16()), torch.arange(70)
+            term = kernels.Term(weight[:5].contiguous(), weight[:, :5].contiguous().requires_grad_(), 0.5)
+            leaf = x.requires_grad_()
+            y = kernels.frozen_linear(leaf, storage, None, term)
+            loss, losses = linear_cross_entropy(leaf, storage, targets)
+            gradients = torch.autograd.grad((y.sum(), loss), (leaf, term.B))
+            few = kernels.frozen_linear(x[:1].detach(), storage)
+            return [y, few, losses, *gradients, *rms_norm_op(x.detach(), None, weight[0], 0.0, 1e-6)]
+        def both():
+            seeds, results, start = (1, 2), {}, threading.Barrier(2)
+            expected = [work(seed) for seed in seeds]
+            def repeat(seed):
+                start.wait()
+                results[seed] = [work(seed) for _ in range(15)]
+            workers = [threading.Thread(target=repeat, args=(seed,)) for seed in seeds]
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+            return all(
+                torch.equal(got, want)
+                for seed, wanted in zip(seeds, expected)
+                for result in results[seed]
+                for got, want in zip(result, wanted)
+            )
+        assert both()
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if both() else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        print("done")
+        """
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "done\n"

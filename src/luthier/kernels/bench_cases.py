@@ -156,31 +156,52 @@ def _copied(s: Storage) -> Storage:
     return from_parts(s.kind, s.shape, [tensor.clone() for tensor in s.tensors()], s.offset, s.transposed)
 
 
+# The tensors that an element-wise op reads and writes, each of (tokens, width).
+ELEMENTWISE_PASSES = {
+    "rms_norm": 2,
+    "add_rms_norm": 4,
+    "rms_norm backward": 3,
+    "layer_norm": 2,
+    "layer_norm backward": 3,
+    "rotary": 2,
+    "swiglu": 3,
+    "swiglu backward": 5,
+    "geglu": 3,
+    "geglu backward": 5,
+}
+
+
 def elementwise_cases(tokens: int, width: int) -> list[Callable[[], Case]]:
     """Every element-wise op over (tokens, width), which should be larger than the caches together with its results."""
+    return [partial(_elementwise, name, tokens, width) for name in ELEMENTWISE_PASSES]
+
+
+def _elementwise(name: str, tokens: int, width: int) -> Case:
     x, y, w = torch.randn(tokens, width), torch.randn(tokens, width), torch.randn(width)
     row = torch.rand(tokens)
     heads, tables = x.view(tokens, -1, 64), torch.rand(tokens, 64)
     none = heads[:, :0]
-    silu = {"torch": lambda: F.silu(x) * y}
-    gelu = {"torch": lambda: F.gelu(x, approximate="tanh") * y}
-    calls: list[tuple[str, int, Run, Mapping[str, Run]]] = [
-        ("rms_norm", 2, lambda: rms_norm_op(x, None, w, 0.0, 1e-6), {"torch": lambda: F.rms_norm(x, (width,), w, 1e-6)}),
-        ("add_rms_norm", 4, lambda: rms_norm_op(x, y, w, 0.0, 1e-6), {}),
-        ("rms_norm backward", 3, lambda: rms_norm_backward_op(y, None, x, w, 0.0, row, False), {}),
-        ("layer_norm", 2, lambda: layer_norm_op(x, w, w, 1e-6), {"torch": lambda: F.layer_norm(x, (width,), w, w, 1e-6)}),
-        ("layer_norm backward", 3, lambda: layer_norm_backward_op(y, x, w, row, row, False), {}),
-        ("rotary", 2, lambda: rotary_in_place_op(heads, none, tables, tables, False), {}),
-        ("swiglu", 3, lambda: gated_op(x, y, 0), silu),
-        ("swiglu backward", 5, lambda: gated_backward_op(x, x, y, 0), {}),
-        ("geglu", 3, lambda: gated_op(x, y, 1), gelu),
-        ("geglu backward", 5, lambda: gated_backward_op(x, x, y, 1), {}),
-    ]
-
-    def build(name: str, passes: int, run: Run, peers: Mapping[str, Run]) -> Case:
-        return Case(name, f"{tokens}x{width}", "f32", 4.0 * passes * tokens * width, "copy", run, peers, target=COPY_TARGET)
-
-    return [partial(build, *call) for call in calls]
+    runs: dict[str, Run] = {
+        "rms_norm": lambda: rms_norm_op(x, None, w, 0.0, 1e-6),
+        "add_rms_norm": lambda: rms_norm_op(x, y, w, 0.0, 1e-6),
+        "rms_norm backward": lambda: rms_norm_backward_op(y, None, x, w, 0.0, row, False),
+        "layer_norm": lambda: layer_norm_op(x, w, w, 1e-6),
+        "layer_norm backward": lambda: layer_norm_backward_op(y, x, w, row, row, False),
+        "rotary": lambda: rotary_in_place_op(heads, none, tables, tables, False),
+        "swiglu": lambda: gated_op(x, y, 0),
+        "swiglu backward": lambda: gated_backward_op(x, x, y, 0),
+        "geglu": lambda: gated_op(x, y, 1),
+        "geglu backward": lambda: gated_backward_op(x, x, y, 1),
+    }
+    torch_runs: dict[str, Run] = {
+        "rms_norm": lambda: F.rms_norm(x, (width,), w, 1e-6),
+        "layer_norm": lambda: F.layer_norm(x, (width,), w, w, 1e-6),
+        "swiglu": lambda: F.silu(x) * y,
+        "geglu": lambda: F.gelu(x, approximate="tanh") * y,
+    }
+    peers = {"torch": torch_runs[name]} if name in torch_runs else {}
+    work = 4.0 * ELEMENTWISE_PASSES[name] * tokens * width
+    return Case(name, f"{tokens}x{width}", "f32", work, "copy", runs[name], peers, target=COPY_TARGET)
 
 
 def attention_case(lengths: tuple[int, ...], heads: int = 9, kv_heads: int = 3, size: int = 64) -> Case:
