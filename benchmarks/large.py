@@ -1,12 +1,13 @@
 """One training step of a 7B and an 8B on this machine: peak memory, seconds, share of the multiply-add peak.
 
-    python benchmarks/large.py [--models llama-2-7b qwen3-8b] [--tokens 512] [--out large.json]
+    python benchmarks/large.py [--models llama-2-7b qwen3-8b] [--tokens 512] [--recomputed N] [--out large.json]
 
 The shapes are those of Llama-2-7B and Qwen3-8B; the weights are random and go straight into NF4 with double quantisation,
 embedding and head into bf16, so that no larger model ever stands in memory. Rank 16 on all linear layers, one document of
-`tokens` tokens, all of them supervised, AdamW; activations are kept for each layer's input only and computed again.
-Shares are of the FMA peak probed before and after the step. `executed` counts forward, the second forward and backward to
-the input (6 flops a weight and token, the head 4), `useful` leaves the second forward out; terms are counted, attention is not.
+`tokens` tokens, all of them supervised, AdamW; of the lowest N layers only the input is kept and the rest computed again,
+of all layers where --recomputed is left out. Shares are of the FMA peak probed before and after the step. `executed` counts
+forward, the second forward where there is one, and backward to the input (4 or 6 flops a weight and token, the head 4),
+`useful` leaves the second forward out; terms are counted, attention is not.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ def main() -> None:
         return
     shared = ["--tokens", str(options.tokens), "--steps", str(options.steps)]
     shared += ["--layers", str(options.layers)] if options.layers else []
+    shared += ["--recomputed", str(options.recomputed)] if options.recomputed is not None else []
     results = []
     for name in options.models:
         results.append({"model": name, **run_part(__file__, name, shared)})
@@ -63,6 +65,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--steps", type=int, default=3, help="measured steps; one before them warms up")
     parser.add_argument("--layers", type=int, help="fewer layers, to see that the script runs")
+    parser.add_argument("--recomputed", type=int, help="layers computed again in backward; all if left out")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     parser.add_argument("--part", choices=tuple(SHAPES), help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -76,26 +79,29 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     from luthier.kernels import probe
     from luthier.linear import count_numbers
     from luthier.training.allocator import set_freed_memory_kept
+    from luthier.training.recompute import decoder_layers
 
     set_freed_memory_kept(False)  # as in a run whose layers are recomputed
     started = time.perf_counter()
     model = build(SHAPES[name] | ({"num_hidden_layers": options.layers} if options.layers else {}))
-    parameters = count_numbers(model)
+    parameters, layers = count_numbers(model), len(decoder_layers(model))
+    again = layers if options.recomputed is None else options.recomputed
     attach(model, AdapterSpec(rank=RANK), seed=0)
     trainable = [parameter for _, parameter in trainable_parameters(model)]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=True)
     pack = one_document(model, options.tokens)
     build_seconds, built_bytes = time.perf_counter() - started, peak_rss_bytes()
-    step(model, optimizer, pack)
+    step(model, optimizer, pack, again)
     seconds, peaks = [], [probe.fma_peak()]
     for _ in range(options.steps):
-        seconds.append(step(model, optimizer, pack))
+        seconds.append(step(model, optimizer, pack, again))
         peaks.append(probe.fma_peak())
-    executed, useful = flops(model, options.tokens)
+    executed, useful = flops(model, options.tokens, again / layers)
     peak, median = statistics.median(peaks), statistics.median(seconds)
     return {
         "parameters": parameters, "trainable_parameters": sum(parameter.numel() for parameter in trainable),
-        "tokens": options.tokens, "step_seconds": seconds, "peak_rss_bytes": peak_rss_bytes(), "built_bytes": built_bytes,
+        "tokens": options.tokens, "layers": layers, "recomputed_layers": again,
+        "step_seconds": seconds, "peak_rss_bytes": peak_rss_bytes(), "built_bytes": built_bytes,
         "build_seconds": build_seconds, "fma_flops_per_second": peaks, "executed_flops": executed, "useful_flops": useful,
         "executed_share": executed / median / peak, "useful_share": useful / median / peak,
     }  # fmt: skip
@@ -148,12 +154,12 @@ def one_document(model: Any, tokens: int) -> Any:
     return Pack.of_texts(ids, torch.tensor([0, tokens]), torch.arange(tokens - 1))
 
 
-def step(model: Any, optimizer: Any, pack: Any) -> float:
-    """One optimiser step with all layers computed again in backward; returns its seconds."""
+def step(model: Any, optimizer: Any, pack: Any, recomputed: int) -> float:
+    """One optimiser step with so many layers computed again in backward; returns its seconds."""
     from luthier.evaluation.loss import supervised_loss
-    from luthier.training.recompute import decoder_layers, set_recomputed
+    from luthier.training.recompute import set_recomputed
 
-    set_recomputed(model, len(decoder_layers(model)))
+    set_recomputed(model, recomputed)
     started = time.perf_counter()
     loss = supervised_loss(model, pack) / pack.supervised_tokens
     loss.backward()
@@ -165,8 +171,11 @@ def step(model: Any, optimizer: Any, pack: Any) -> float:
     return seconds
 
 
-def flops(model: Any, tokens: int) -> tuple[float, float]:
-    """(executed, useful): 2 a weight and token in each pass; terms have a third product in backward, for their factors."""
+def flops(model: Any, tokens: int, again: float) -> tuple[float, float]:
+    """(executed, useful): 2 a weight and token in each pass; terms have a third product in backward, for their factors.
+
+    again: the share of the layers that go forward twice.
+    """
     from luthier.adapters.targets import low_rank_layers
     from luthier.linear import LowRankLinear
 
@@ -180,12 +189,13 @@ def flops(model: Any, tokens: int) -> tuple[float, float]:
     head_flops = 4.0 * head.matrix.shape[0] * head.matrix.shape[1] * (tokens - 1)
     forward = 2.0 * tokens * (weights + term)
     backward = 2.0 * tokens * (weights + 2 * term)
-    return 2 * forward + backward + head_flops, forward + backward + head_flops
+    return (1 + again) * forward + backward + head_flops, forward + backward + head_flops
 
 
 def show(result: dict[str, Any]) -> None:
     print(
-        f"{result['model']}: {result['parameters'] / 1e9:.2f} billion parameters, {result['tokens']} tokens: "
+        f"{result['model']}: {result['parameters'] / 1e9:.2f} billion parameters, {result['tokens']} tokens, "
+        f"{result['recomputed_layers']} of {result['layers']} layers recomputed: "
         f"{statistics.median(result['step_seconds']):.1f} s a step, peak {result['peak_rss_bytes'] / 1e9:.2f} GB "
         f"(target {TARGET_BYTES / 1e9}), {result['executed_share']:.0%} of the FMA peak (target {TARGET_SHARE:.0%}), "
         f"{result['useful_share']:.0%} without the second forward",
