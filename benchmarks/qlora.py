@@ -54,7 +54,7 @@ def measure_all(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     def run(**settings: Any) -> dict[str, Any]:
         keys = {
             "data": str(rows), "model": "smollm2-135m", "max_length": TOKENS, "on_long": "truncate", "batch_size": 2,
-            "steps": options.steps, "rank": 16, "samples": 0, "data_cache": False, "out": str(folder / f"run-{next(number)}"),
+            "steps": options.steps, "rank": 16, "data_cache": False, "out": str(folder / f"run-{next(number)}"),
         }  # fmt: skip
         return run_part(__file__, json.dumps(keys | settings), [])
 
