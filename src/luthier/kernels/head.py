@@ -18,8 +18,8 @@ from luthier.kernels.linear_ops import Part, flatten, unflatten
 from luthier.kernels.registry import define_op
 from luthier.kernels.storage import Storage
 
-LOGITS_BYTES = 48 * 2**20
-FEWEST_ROWS = 32
+LOGITS_BYTES = 24 * 2**20
+FEWEST_ROWS = 64
 SUMMED_AT_ONCE = 16384
 
 
@@ -37,7 +37,7 @@ def linear_cross_entropy(
 
     z = scale (hidden W^T + bias), then softcap tanh(z / softcap) if given; loss = logsumexp(z) - (1 - e) z[target]
     - e mean(z) with e = label_smoothing. Only the sum carries a gradient, and only to hidden; it is computed in the
-    same pass, so that no logits are kept. They exist for a few rows at a time: 48 MiB, or 32 rows where those are more.
+    same pass, so that no logits are kept. They exist for a few rows at a time: 24 MiB, or 64 rows where those are more.
     hidden: (S, width), float32; W: (vocabulary, width); targets: (S,) int64. -> float32 () and (S,).
     Raises ShapeError for other dtypes and sizes, and for a target outside the vocabulary.
     """
