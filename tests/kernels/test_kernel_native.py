@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -25,10 +26,22 @@ EXPECTED_NATIVE = {"frozen_linear", "frozen_linear_backward_input", "frozen_line
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    """Run `code` in a process of its own with these variables set."""
+    """Run `code` in a process of its own with these variables set; after 100 seconds it and its children are killed.
+
+    A child that it forked holds its pipes too, so killing the process alone would not end the wait for its output.
+    """
     variables = {**os.environ, "OMP_NUM_THREADS": "2", **environment}
     command = [sys.executable, "-c", textwrap.dedent(code)]
-    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=200, check=False)
+    with subprocess.Popen(
+        command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as run:
+        try:
+            stdout, stderr = run.communicate(timeout=100)
+        except subprocess.TimeoutExpired:
+            os.killpg(run.pid, signal.SIGKILL)
+            stdout, stderr = run.communicate()
+            pytest.fail(f"still running after 100 seconds.\n{stdout[-1000:]}\n{stderr[-1000:]}")
+    return subprocess.CompletedProcess(command, run.returncode, stdout, stderr)
 
 
 def test_the_library_is_installed_and_in_use():
@@ -273,3 +286,57 @@ def test_threads_beside_torch_and_after_fork():
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("done")
+
+
+def test_two_threads_of_python_at_once():
+    """Calls leave the interpreter's lock, so they run side by side: beside libgomp, and in a forked child beside its own pool.
+
+    What torch computes for itself in a forked child must come from threads begun there: in the thread that called fork its
+    libgomp waits for threads that the child lacks (`x.bfloat16()` of 76,800 numbers hangs there without these kernels too).
+    """
+    run = python(
+        """
+        import os, signal, threading, torch
+        from luthier import kernels
+        from luthier.kernels.elementwise_ops import rms_norm_op
+        from luthier.kernels.head import linear_cross_entropy
+        def work(seed):
+            torch.set_num_threads(2)
+            generator = torch.Generator().manual_seed(seed)
+            weight, x = torch.randn(300, 256, generator=generator), torch.randn(70, 256, generator=generator)
+            storage, targets = kernels.Storage.dense(weight.bfloat16()), torch.arange(70)
+            term = kernels.Term(weight[:5].contiguous(), weight[:, :5].contiguous().requires_grad_(), 0.5)
+            leaf = x.requires_grad_()
+            y = kernels.frozen_linear(leaf, storage, None, term)
+            loss, losses = linear_cross_entropy(leaf, storage, targets)
+            gradients = torch.autograd.grad((y.sum(), loss), (leaf, term.B))
+            few = kernels.frozen_linear(x[:1].detach(), storage)
+            return [y, few, losses, *gradients, *rms_norm_op(x.detach(), None, weight[0], 0.0, 1e-6)]
+        def both():
+            results, start = {}, threading.Barrier(2)
+            def repeat(seed):
+                start.wait(timeout=60)
+                results[seed] = [work(seed) for _ in range(15)]
+            workers = [threading.Thread(target=repeat, args=(seed,)) for seed in expected]
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+            return all(
+                torch.equal(got, want)
+                for seed, wanted in expected.items()
+                for result in results[seed]
+                for got, want in zip(result, wanted, strict=True)
+            )
+        expected = {seed: work(seed) for seed in (1, 2)}
+        assert both()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            os._exit(0 if both() and kernels.active().threads_from == "its own pool" else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        print("done")
+        """
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "done\n"
