@@ -37,6 +37,24 @@ def test_products_are_those_of_the_widened_matrix(dtype: torch.dtype, transposed
     assert torch.equal(matrix.rows(ids).to(torch.float64), wide[ids])
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", STORAGE_DTYPES.values())
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_activations_in_16_bits_are_widened_and_never_the_whole_weight(
+    half: torch.dtype, dtype: torch.dtype, transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrix = make(dtype, transposed)
+    wide = matrix.dequantize().double()
+    x = torch.randn(3, 7, generator=torch.Generator().manual_seed(1)).to(half).requires_grad_()
+    if dtype != half:
+        monkeypatch.setattr(DenseMatrix, "dequantize", lambda *_: pytest.fail("the whole weight was cast"))
+    y = matrix.matmul(x, torch.ones(5))
+    assert y.dtype == half
+    y.sum().backward()
+    torch.testing.assert_close(y.double(), x.double() @ wide.T + 1, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(x.grad.double(), wide.sum(0).expand(3, 7), rtol=2e-2, atol=5e-2)
+
+
 @pytest.mark.parametrize("dtype", STORAGE_DTYPES.values())
 def test_a_weight_that_trains_gets_gradients(dtype: torch.dtype) -> None:
     matrix = make(dtype)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from luthier.errors import NumericError, ShapeError
 from luthier.linear import LowRankLinear
-from luthier.matrices import NF4Matrix
+from luthier.matrices import NF4Matrix, cuda
 from luthier.matrices.nf4 import STATE_KEY
 
 CASES = {
@@ -36,8 +36,22 @@ def make(double: bool = True, shape: tuple[int, int] = (24, 40), dtype: torch.dt
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", CASES)
 def test_bytes_and_numbers_are_those_of_bitsandbytes(case: str, dtype: torch.dtype, double: bool) -> None:
+    assert_as_bitsandbytes(CASES[case]().to(dtype), double)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("double", [False, True])
+def test_bytes_of_real_weights_are_those_of_bitsandbytes(double: bool) -> None:
+    from luthier.models.load import load
+
+    model = load("smollm2-135m", base="f32", offline=True).model
+    for name in ("layers.0.self_attn.k_proj", "layers.7.self_attn.q_proj", "layers.15.mlp.down_proj", "layers.29.mlp.up_proj"):
+        assert_as_bitsandbytes(model.model.get_submodule(name).matrix.dequantize(), double)
+
+
+def assert_as_bitsandbytes(weight: Tensor, double: bool) -> None:
     theirs = pytest.importorskip("bitsandbytes.functional")
-    weight = CASES[case]().to(dtype)
+    dtype = weight.dtype
     matrix = NF4Matrix.quantize(weight, double=double)
     codes, state = theirs.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=double)
     assert torch.equal(matrix.weight, codes)
@@ -50,6 +64,26 @@ def test_bytes_and_numbers_are_those_of_bitsandbytes(case: str, dtype: torch.dty
     parts = {key.removeprefix("weight."): tensor for key, tensor in ours.items() if key != "weight"}
     read = theirs.QuantState.from_dict(parts, torch.device("cpu"))
     assert torch.equal(theirs.dequantize_4bit(matrix.weight.detach(), read), matrix.dequantize(dtype))
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_bitsandbytes_reads_a_matrix_that_is_handed_to_it(dtype: torch.dtype, double: bool) -> None:
+    """What a GPU would call, with bitsandbytes' version for the CPU in the place of its kernel."""
+    pytest.importorskip("bitsandbytes")
+    matrix = make(double, (24, 128))
+    assert torch.equal(cuda.dequantize_nf4(matrix, dtype), matrix.dequantize(dtype))
+
+
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32])
+def test_codes_that_bitsandbytes_keeps_in_another_dtype(storage: torch.dtype) -> None:
+    """`bnb_4bit_quant_storage`, which FSDP asks for, says in what dtype the same bytes are kept."""
+    theirs = pytest.importorskip("bitsandbytes.functional")
+    weight = torch.randn(96, 128, generator=torch.Generator().manual_seed(0))
+    codes, state = theirs.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True, quant_storage=storage)
+    assert codes.dtype == storage
+    parts = {"weight": codes} | {f"weight.{key}": tensor for key, tensor in state.as_dict(packed=True).items()}
+    assert torch.equal(NF4Matrix.from_tensors(parts).dequantize(), NF4Matrix.quantize(weight).dequantize())
 
 
 def test_the_error_is_bounded_and_the_size_is_that_of_the_paper() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,18 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, value: float) -> N
         load(str(folder), base="nf4")
     with pytest.raises(PreflightError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: 1 of 6144 values"):
         check_finite(load(str(folder)).model)
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.embed_tokens.weight", "model.layers.1.input_layernorm.weight"])
+def test_nothing_is_written_of_a_model_that_is_not_finite(tmp_path: Path, name: str) -> None:
+    """The weights that are not quantised are looked at too."""
+    folder = write_tiny(tmp_path / "model", tied=False)
+    state = load_file(folder / "model.safetensors")
+    state[name].view(-1)[7] = float("inf")
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PreflightError, match=rf"the base weights must be finite; NaN or Inf in:\n  - {re.escape(name)}: 1 of"):
+        quantize(str(folder), tmp_path / "nf4", nf4=NF4Options())
+    assert not (tmp_path / "nf4").exists()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2"])

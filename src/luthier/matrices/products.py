@@ -22,12 +22,13 @@ def product(matrix: Matrix, x: Tensor, bias: Tensor | None = None, term: kernels
     """x W^T + bias + s (x A^T) B^T in x's dtype. x: (..., in_features) -> (..., out_features).
 
     The one place that decides how: the kernel for float32 on the CPU and a frozen W, plain torch for all else and for no rows.
-    Blocks on the CPU are multiplied by the kernel whatever x is, for the other way would hold the whole of W in x's dtype.
+    Where x is in 16 bits and W on the CPU is stored otherwise, x is widened for the kernel: the other way would hold the
+    whole of W in x's dtype.
     """
     frozen_on_cpu = x.device.type == "cpu" and not matrix.weight.requires_grad and x.numel() > 0
     if frozen_on_cpu and x.dtype == torch.float32:
         return kernels.frozen_linear(x, matrix.storage(), bias, term)
-    if frozen_on_cpu and x.dtype in HALF_DTYPES and matrix.weight.dtype == torch.uint8:
+    if frozen_on_cpu and x.dtype in HALF_DTYPES and matrix.weight.dtype != x.dtype:
         return kernels.frozen_linear(x.to(torch.float32), matrix.storage(), bias, term).to(x.dtype)
     y = _plain_product(matrix, x)
     if term is not None:

@@ -17,7 +17,7 @@ from luthier.linear import LowRankEmbedding, LowRankLinear
 from luthier.matrices import GGUFMatrix, NF4Matrix
 from luthier.models.cache import publish
 from luthier.models.checkpoint import INDEX_FILE, SINGLE_FILE
-from luthier.models.load import Loaded, load
+from luthier.models.load import Loaded, check_finite, load
 from luthier.models.safetensors_writer import write_safetensors
 from luthier.models.skeleton import CONFIG_FILE
 from luthier.progress import Progress
@@ -51,7 +51,7 @@ def quantize(
     The head, embeddings and `nf4.skip_modules` stay as they are; GGUF blocks among them are written in float32. Weights
     that are in NF4 already are never rounded again: they keep codes and scales, and a note says so. The folder
     appears whole or not at all. Memory: the quantised model and one tensor. Raises ConfigError if the folder exists,
-    PreflightError where it cannot be written, and what `load` raises.
+    PreflightError where it cannot be written, or a weight that stays as it is holds NaN or Inf, and what `load` raises.
     """
     target = Path(folder).expanduser().absolute()
     if target.exists():
@@ -61,6 +61,7 @@ def quantize(
     except OSError as error:
         raise PreflightError(f"{target.parent} must be a folder that can be written to; {error.strerror}.") from error
     loaded = load(model, base="nf4", nf4=nf4, offline=offline, progress=progress)
+    check_finite(loaded.model)
     try:
         with publish(target) as stage:
             state, dtype = _plain_state(loaded.model)
