@@ -61,7 +61,8 @@ def measure(run: str, options: argparse.Namespace) -> dict[str, Any]:
     config = make_config(read_config(Path(run)))
     request = Request(
         run, None, None, vs_base=False, storage=None, data=[options.data], guards=[], metrics=("loss", "bleu"), labels=None,
-        max_length=1024, on_long="error", max_new_tokens=options.max_new_tokens, rows=options.rows, offline=True,
+        json_schema=None, max_length=1024, on_long="error",
+        max_new_tokens=options.max_new_tokens, rows=options.rows, offline=True,
     )  # fmt: skip
     found = compare(request, lambda stage, done, total: None)
     (report,) = found.reports

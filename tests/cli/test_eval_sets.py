@@ -16,6 +16,7 @@ from luthier.cli.main import run
 LABELS = ["pay", "card", "lost card"]
 ROWS = [{"prompt": f"say {n}", "completion": LABELS[n % 3], "references": [LABELS[n % 3], "x"]} for n in range(6)]
 JSON_ROWS = [{"prompt": f"say {n}", "completion": json.dumps({"n": n})} for n in range(3)]
+SCHEMA = {"type": "object", "properties": {"n": {"enum": [0, 1, 2]}}, "required": ["n"], "additionalProperties": False}
 CHOICES = [{"prompt": f"which {n}?", "choices": ["red", "blue", "very green"], "answer": n % 3} for n in range(4)]
 TEXT = [{"text": f"Some words about {n} and nothing else."} for n in range(4)]
 
@@ -25,6 +26,7 @@ def folder(tmp_path: Path) -> Path:
     for name, rows in (("labels", ROWS), ("json", JSON_ROWS), ("quiz", CHOICES), ("text", TEXT)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "names.txt").write_text("\n".join(LABELS))
+    (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
     return tmp_path
 
 
@@ -74,6 +76,17 @@ def test_several_sets_each_with_its_metrics(capsys, tiny_llama: Path, folder: Pa
     low, high = found["intervals"]["loss"]
     assert low < found["metrics"]["loss"] < high
     assert sum(rows for _, _, rows in found["confusion"]) == round(6 * (1 - found["metrics"]["label_accuracy"]))
+
+
+def test_answers_held_to_a_schema(capsys, tiny_llama: Path, folder: Path) -> None:
+    """A random model writes no JSON by itself."""
+    pytest.importorskip("llguidance")
+    common = ["eval", tiny_llama, "--data", folder / "json.jsonl", "--metrics", "json", "--max-new-tokens", "60", "--json"]
+    _, out, _ = invoke(capsys, *common)
+    assert last_json(out)["metrics"]["json_valid"] == 0
+    code, out, _ = invoke(capsys, *common, "--json-schema", folder / "schema.json")
+    assert code == 0
+    assert last_json(out)["metrics"]["json_valid"] == 1.0
 
 
 def test_labels_without_a_file_are_the_rows_own(capsys, tiny_llama: Path, folder: Path) -> None:
@@ -183,6 +196,13 @@ def test_a_page_is_written_and_named(capsys, tiny_llama: Path, folder: Path) -> 
         (["--data", "a=labels.jsonl", "--data", "a=quiz.jsonl"], 2, "labels.jsonl and quiz.jsonl are both called 'a'."),
         (["--data", "labels.jsonl", "--labels", "missing"], 2, "--labels needs a file that can be read; missing: No such file"),
         (["--data", "labels.jsonl", "--labels", "names.txt"], 2, "Add --metrics label."),
+        (["--data", "labels.jsonl", "--json-schema", "missing"], 2, "--json-schema needs a file that can be read; missing: No"),
+        (
+            ["--data", "labels.jsonl", "--json-schema", "names.txt"],
+            2,
+            "--json-schema needs a JSON Schema; names.txt holds none",
+        ),
+        (["--data", "labels.jsonl", "--json-schema", "schema.json", "--metrics", "loss"], 2, "Add one of exact, json, bleu"),
         (["--data", "labels.jsonl", "--guard", "text.jsonl"], 2, "--guard compares a tuned model with its base;"),
         (["--data", "json.jsonl", "--metrics", "label", "--labels", "names.txt"], 4, "expects '{\"n\": 0}'"),
         (["--data", "labels.jsonl", "--metrics", "json"], 4, "JSON match needs rows whose expected answer is JSON; 6 of 6"),

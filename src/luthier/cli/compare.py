@@ -12,8 +12,10 @@ from luthier.data import Dataset, Renderer, RowCache, kept_examples, overlap
 from luthier.errors import ConfigError, DataError
 from luthier.evaluation import text_metrics
 from luthier.evaluation.compare import SetReport, check_same_rows, metrics_for, report_on
+from luthier.evaluation.constrain import check_files, read_schema
 from luthier.evaluation.evaluate import EvalResult, evaluate
 from luthier.evaluation.labels import labels_of_file, read_labels
+from luthier.evaluation.measures import WRITTEN
 from luthier.evaluation.sets import EvalSet, NamedFile, load_set, parse_files
 from luthier.progress import Progress
 from luthier.training.load_run import Target, load_base, load_target
@@ -35,6 +37,7 @@ class Request:
     guards: list[str]
     metrics: tuple[str, ...] | None
     labels: str | None
+    json_schema: str | None
     max_length: int | None
     on_long: Literal["error", "drop", "truncate"]
     max_new_tokens: int
@@ -57,6 +60,7 @@ def compare(request: Request, progress: Progress) -> Comparison:
     text_metrics.require(request.metrics or ())
     if request.labels is not None:
         read_labels(request.labels)
+    check_files(json_schema=request.json_schema)
     loaded = load_target(
         request.target, adapter=request.adapter, base=request.storage, offline=request.offline, progress=progress
     )
@@ -67,6 +71,7 @@ def compare(request: Request, progress: Progress) -> Comparison:
     sets = _load_sets(files, loaded, view, request)
     asked = metrics_for(sets, request.metrics)
     _add_labels(sets, asked, view.renderer(loaded.tokenizer), request)
+    _add_schema(sets, asked, request)
     tuned = _measure("model", loaded, view, sets, asked, request, progress)
     notes, paths = [*loaded.notes, *_overlaps(loaded, sets, request)], {one.name: one.path for one in files}
     others, same = _measure_other(loaded, view, files, sets, asked, request, progress, notes)
@@ -133,6 +138,21 @@ def _add_labels(sets: Sequence[EvalSet], asked: Sequence[tuple[str, ...]], rende
         one.extras.labels = labels
 
 
+def _add_schema(sets: Sequence[EvalSet], asked: Sequence[tuple[str, ...]], request: Request) -> None:
+    """Put the schema of --json-schema on the sets whose answers are written. Raises ConfigError if none is."""
+    if request.json_schema is None:
+        return
+    writing = [one for one, metrics in zip(sets, asked, strict=True) if set(WRITTEN) & set(metrics)]
+    if not writing:
+        raise ConfigError(
+            f"--json-schema says what the model may write, and no metric looks at that. Add one of {', '.join(WRITTEN)} to "
+            "--metrics."
+        )
+    schema = read_schema(request.json_schema)
+    for one in writing:
+        one.extras.schema = schema
+
+
 def _measure(
     label: str,
     measured: Target,
@@ -183,6 +203,7 @@ def _measure_other(
     notes += [f"of {request.vs}: {note}" for note in other.notes]
     theirs = _load_sets(files, other, view, request)
     _add_labels(theirs, asked, view.renderer(other.tokenizer), request)
+    _add_schema(theirs, asked, request)
     same = True
     for one, their in zip(sets, theirs, strict=True):
         ours, others = one.dataset.examples[: request.rows], their.dataset.examples[: request.rows]

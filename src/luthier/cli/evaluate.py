@@ -67,6 +67,12 @@ Labels = Annotated[
         "--labels", metavar="FILE", help="Labels to choose from, one a line. [default: the rows' own]", show_default=False
     ),
 ]
+Schema = Annotated[
+    str | None,
+    typer.Option(
+        "--json-schema", metavar="FILE", help="Written answers are JSON of this schema (extra constrain).", show_default=False
+    ),
+]
 VersusBase = Annotated[bool, typer.Option("--vs-base", help="Evaluate the model before tuning too.")]
 Versus = Annotated[
     str | None, typer.Option("--vs", metavar="RUN|MODEL", help="Compare with another run or model.", show_default=False)
@@ -102,6 +108,7 @@ def evaluate(
     adapter: Adapter = None,
     metrics: Metrics = None,
     labels: Labels = None,
+    json_schema: Schema = None,
     vs_base: VersusBase = False,
     vs: Versus = None,
     guard: Guard = None,
@@ -129,7 +136,7 @@ def evaluate(
 
     request = Request(
         target, adapter, vs, vs_base=vs_base or (bool(guard) and vs is None), storage=storage, data=data or [],
-        guards=guard or [], metrics=wanted, labels=labels, max_length=max_length, on_long=for_long,
+        guards=guard or [], metrics=wanted, labels=labels, json_schema=json_schema, max_length=max_length, on_long=for_long,
         max_new_tokens=max_new_tokens, rows=rows, offline=offline,
     )  # fmt: skip
     with progress_display() as progress:

@@ -23,7 +23,9 @@ from luthier.evaluation.measures import WRITTEN, check_metrics
 from luthier.evaluation.pieces import text_of
 from luthier.evaluation.scores import score_examples, supervised_count
 from luthier.evaluation.sets import Extras
+from luthier.generation import Constraint
 from luthier.generation.generator import position_limit
+from luthier.generation.schema import SchemaConstraint
 from luthier.progress import Progress
 
 DEFAULT_METRICS = ("loss", "exact")
@@ -88,12 +90,12 @@ def evaluate(
 
     "loss" gives loss = mean of -log p over all supervised tokens, perplexity = e^loss, and tokens, their number.
     "exact", "json", "bleu", "chrf" and "rouge" answer each prompt greedily with at most `max_new_tokens` tokens and compare
-    the answer with the expected one, the last three with the row's references where extras has them; rows of plain text
-    expect none and are left out, which is noted. "label" scores every label as the answer, those of extras or else the rows'
-    own; "choice" scores the options of extras.
+    the answer with the expected one, the last three with the row's references where extras has them; a schema of extras
+    leaves only answers that it allows. Rows of plain text expect none and are left out, which is noted. "label" scores every
+    label as the answer, those of extras or else the rows' own; "choice" scores the options of extras.
     The model's modes and the random number generators are left as they were found.
-    Raises ConfigError for an unknown metric and a missing library, DataError if no row can be measured or a row has a
-    position or a token that the model has not, NumericError for logits that are not finite.
+    Raises ConfigError for an unknown metric, a missing library and a schema that cannot be followed; DataError if no row can
+    be measured or a row has a position or a token that the model has not; NumericError for logits that are not finite.
     """
     wanted = check_metrics(metrics)
     text_metrics.require(wanted)
@@ -109,7 +111,8 @@ def evaluate(
     if written:
         if "loss" not in wanted:
             _check_finite(model, examples[0])
-        prepared = _answers(model, tokenizer, renderer, examples, max_new_tokens, progress)
+        constraint = None if extras.schema is None else SchemaConstraint(tokenizer, extras.schema)
+        prepared = _answers(model, tokenizer, renderer, examples, max_new_tokens, constraint, progress)
         _add_answers(result, examples, prepared, written, extras.references, alone=len(written) == len(wanted))
         result.notes += _notes(tokenizer, result, max_new_tokens, written)
     if "label" in wanted:
@@ -207,13 +210,16 @@ def _answers(
     renderer: Renderer,
     examples: list[Example],
     max_new_tokens: int,
+    constraint: Constraint | None,
     progress: Progress | None,
 ) -> list[Answer]:
     asked = [(example, example.completion) for example in examples if example.completion is not None]
     prompts = [example.prompt_ids for example, _ in asked]
     if not asked:
         return []
-    texts = generate_batch(model, tokenizer, prompts, max_new_tokens=max_new_tokens, progress=progress, renderer=renderer)
+    texts = generate_batch(
+        model, tokenizer, prompts, max_new_tokens=max_new_tokens, progress=progress, renderer=renderer, constraint=constraint
+    )
     return [
         Answer(example.prompt, expected, got, got.strip() == expected.strip())
         for (example, expected), got in zip(asked, texts, strict=True)

@@ -36,12 +36,14 @@ class Extras:
     """What rows hold beside prompt and answer, each for the rows of a Dataset in their order.
 
     references: the answers that count as right, where any row has several. choices: the options, where rows have them.
-    labels: the answers to choose from, where a file of them was given.
+    labels: the answers to choose from, where a file of them was given. schema: the JSON Schema that written answers are held
+    to, where one was given.
     """
 
     references: list[list[str]] | None = None
     choices: list[Choice] | None = None
     labels: Labels | None = None
+    schema: dict[str, Any] | None = None
 
 
 @dataclass

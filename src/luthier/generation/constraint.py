@@ -26,6 +26,10 @@ class Walk(Protocol):
 
 
 class Constraint(Protocol):
+    @property
+    def longest(self) -> int | None:
+        """Tokens in the longest answer, the one that ends it not counted; None where there is no bound."""
+
     def begin(self, stops: frozenset[int]) -> Walk:
         """The walk of a new answer, which any token of `stops` ends where it may end."""
 
@@ -38,6 +42,8 @@ class LabelConstraint:
 
     def __init__(self, labels: Sequence[Sequence[int]]):
         self._root: dict[int, dict] = {}
+        self._tokens = frozenset(token for label in labels for token in label)
+        self.longest = max(map(len, labels), default=0)
         if not labels:
             raise DataError("an answer constrained to labels needs at least one; there is none.")
         for number, label in enumerate(labels, 1):
@@ -52,10 +58,19 @@ class LabelConstraint:
 
     @classmethod
     def of_texts(cls, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> LabelConstraint:
-        """Labels as the tokenizer writes them. Raises DataError as the class does."""
-        return cls([tokenizer(label, add_special_tokens=False).input_ids for label in labels])
+        """Labels as the tokenizer writes them. Raises DataError as the class does, and for labels that it cannot write, such
+        as one with a control token in it."""
+        ids = [tokenizer(label, add_special_tokens=False).input_ids for label in labels]
+        texts = [str(tokenizer.decode(own, skip_special_tokens=True, clean_up_tokenization_spaces=False)) for own in ids]
+        lost = [repr(label) for label, text in zip(labels, texts, strict=True) if text.strip() != label.strip()]
+        if lost:
+            raise DataError(f"labels must be texts that the model's tokenizer can write; it changes {', '.join(lost[:5])}.")
+        return cls(ids)
 
     def begin(self, stops: frozenset[int]) -> Walk:
+        """Raises DataError where a token of `stops` stands in a label, which could never be written whole."""
+        if found := self._tokens & stops:
+            raise DataError(f"labels must not hold a token that ends an answer; one holds token {min(found)}.")
         return _LabelWalk(self._root, stops)
 
 
@@ -73,7 +88,7 @@ class _LabelWalk:
         return restricted(logits, torch.tensor(allowed, device=logits.device))
 
     def take(self, token: int) -> None:
-        self._node = {_END: {}} if token in self._stops and token not in self._node else self._node[token]
+        self._node = {_END: {}} if token in self._stops else self._node[token]
 
     def rest(self) -> list[int] | None:
         forced: list[int] = []
@@ -93,7 +108,9 @@ def _can_go_on(node: dict[int, dict], stops: frozenset[int]) -> bool:
 
 
 def restricted(logits: Tensor, allowed: Tensor) -> Tensor:
-    """The logits (V,), -Inf but for the ids `allowed` (N,). Raises ConfigError for ids that the model has not."""
+    """The logits (V,), -Inf but for the ids `allowed` (N,). Raises ConfigError for none, and for ids that the model has not."""
+    if not len(allowed):
+        raise ConfigError("a constraint leaves no token that may come next. Use one that the tokenizer can write.")
     if int(allowed.max()) >= len(logits):
         raise ConfigError(
             f"a constraint needs tokens of the model's vocabulary of {len(logits)}; got {int(allowed.max())}. "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from luthier.errors import DataError, bulleted
+from luthier.errors import ConfigError, DataError, NumericError, bulleted
 from luthier.generation.constraint import Constraint
 from luthier.generation.native_session import NativeSession
 from luthier.generation.sampling import Sampler, Sampling
@@ -49,7 +50,10 @@ def check_prompts(prompts: Sequence[Sequence[int]], limit: int | None) -> None:
 
 
 class AnswerRow:
-    """One answer in the making: what it may still become, and the tokens chosen so far, end tokens left out."""
+    """One answer in the making: what it may still become, and the tokens chosen so far, end tokens left out.
+
+    Raises ConfigError where `room` is too small for the constraint's longest answer.
+    """
 
     def __init__(
         self,
@@ -63,6 +67,11 @@ class AnswerRow:
         self.number, self.prompt = number, list(prompt)
         self.answer: list[int] = []
         self.has_ended = False
+        if constraint is not None and constraint.longest is not None and room < constraint.longest:
+            raise ConfigError(
+                f"an answer must have room for its longest label of {constraint.longest} tokens; prompt {number + 1} leaves "
+                f"{room}. Allow more new tokens, or shorten the prompt."
+            )
         self.room, self._stops = room, stops
         self._sampler = None if sampling.is_plain else Sampler(sampling, number, prompt)
         self._walk = None if constraint is None else constraint.begin(stops)
@@ -78,7 +87,11 @@ class AnswerRow:
         return self._sampler is None and self._walk is None
 
     def choose(self, logits: Tensor) -> int | None:
-        """The next token out of logits (vocabulary,) float32, kept in the answer; None where the answer ends without one."""
+        """The next token out of logits (vocabulary,) float32, kept in the answer; None where the answer ends without one.
+
+        Raises NumericError for logits of which the largest is not finite.
+        """
+        check_finite(float(logits.max()))
         if self._sampler is not None:
             logits = self._sampler.penalized(logits)
         if self._walk is not None:
@@ -108,10 +121,12 @@ class Generator:
     and values in pages that rows share where they begin alike, rows that have ended leave and others take their place.
     Other models run through Transformers' own modules, padded, or one prompt after the other where a row carries a state
     of another kind; which is said once in the log. Other rows change an answer only by rounding.
-    stops: tokens that end an answer. max_rows: rows side by side.
+    stops: tokens that end an answer. max_rows: rows side by side. Raises ConfigError for max_rows below 1.
     """
 
     def __init__(self, model: PreTrainedModel, *, stops: frozenset[int] = frozenset(), max_rows: int = MAX_ROWS):
+        if max_rows < 1:
+            raise ConfigError(f"max_rows must be at least 1; got {max_rows}.")
         self._model, self._stops, self._max_rows = model, stops, max_rows
 
     @torch.no_grad()
@@ -128,8 +143,11 @@ class Generator:
 
         An answer ends before a stop, after `max_new_tokens`, where the model's positions end, and where its constraint is
         fulfilled. done(prompt's number from 0, answer) as each one ends. The model's modes are left as they were found.
-        Raises DataError naming every prompt that is empty or leaves no position for an answer.
+        Raises DataError naming every prompt that is empty or leaves no position for an answer; ConfigError for
+        max_new_tokens below 1, or too few for the constraint's longest answer; NumericError where logits are not finite.
         """
+        if max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens must be at least 1; got {max_new_tokens}.")
         limit = position_limit(self._model)
         check_prompts(prompts, limit)
         rows = [
@@ -160,23 +178,22 @@ class Generator:
 
 def _run_session(session: Any, rows: list[AnswerRow], max_rows: int, done: Done) -> None:
     """All rows through a session: waiting ones start where there is room, running ones get a token a turn."""
-    order, _ = sharing_order([row.prompt for row in rows])
-    waiting = [rows[place] for place in order]
+    order, shared = sharing_order([row.prompt for row in rows])
+    waiting = [(rows[place], common) for place, common in zip(order, shared, strict=True)]
     if not session.joins:
-        waiting.sort(key=lambda row: -len(row.prompt))
+        waiting.sort(key=lambda item: -len(item[0].prompt))
     running: list[tuple[AnswerRow, Any]] = []
     while waiting or running:
-        if waiting and (not running or (session.joins and len(running) <= max_rows // 2)):
-            group = _group(session, waiting, running, max_rows)
+        may_start = waiting and (not running or (session.joins and len(running) <= max_rows // 2))
+        group = _group(session, waiting, running, max_rows) if may_start else []
+        if group:
             del waiting[: len(group)]
             states, logits = session.start([row.prompt for row in group])
             _choose(group, logits)
             running += zip(group, states, strict=True)
         else:
-            _choose(
-                [row for row, _ in running],
-                session.extend([state for _, state in running], [row.answer[-1] for row, _ in running]),
-            )
+            states, last = [state for _, state in running], [row.answer[-1] for row, _ in running]
+            _choose([row for row, _ in running], session.extend(states, last))
         ended = [(row, state) for row, state in running if row.has_ended]
         running = [(row, state) for row, state in running if not row.has_ended]
         for row, state in ended:
@@ -184,16 +201,21 @@ def _run_session(session: Any, rows: list[AnswerRow], max_rows: int, done: Done)
             done(row.number, row.answer)
 
 
-def _group(session: Any, waiting: list[AnswerRow], running: list, max_rows: int) -> list[AnswerRow]:
-    """The next rows to start, one at least: as many as fit beside the running ones, in rows, tokens and cached bytes."""
-    used = sum(session.cache_bytes(row.longest) for row, _ in running)
+def _group(session: Any, waiting: list[tuple[AnswerRow, int]], running: list, max_rows: int) -> list[AnswerRow]:
+    """The next rows to start: as many as fit beside the running ones, in rows, tokens and cached bytes; one where none runs.
+
+    waiting: each with the tokens of its beginning that it shares with the one before it; rows that start together store
+    and compute them once.
+    """
+    used = session.committed_bytes([(state, row.longest) for row, state in running])
     longest = tokens = 0
     group: list[AnswerRow] = []
-    for row in waiting[: max_rows - len(running)]:
-        used += session.cache_bytes(row.longest)
+    for row, common in waiting[: max_rows - len(running)]:
+        shared = common if group and session.joins else 0
+        used += session.cache_bytes(row.longest, shared)
         longest = max(longest, len(row.prompt))
-        tokens = tokens + len(row.prompt) if session.joins else longest * (len(group) + 1)
-        if group and (tokens > PROMPT_TOKENS_AT_ONCE or used > CACHE_BYTES_AT_ONCE):
+        tokens = tokens + len(row.prompt) - shared if session.joins else longest * (len(group) + 1)
+        if (group or running) and (tokens > PROMPT_TOKENS_AT_ONCE or used > CACHE_BYTES_AT_ONCE):
             break
         group.append(row)
     return group
@@ -201,9 +223,16 @@ def _group(session: Any, waiting: list[AnswerRow], running: list, max_rows: int)
 
 def _choose(rows: list[AnswerRow], logits: Tensor) -> None:
     """Give each row its next token out of logits (rows, vocabulary)."""
-    likeliest = logits.argmax(1).tolist() if any(row.is_plain for row in rows) else [0] * len(rows)
-    for row, token, own in zip(rows, likeliest, logits, strict=True):
+    largest, likeliest = logits.max(1)
+    for row, value, token, own in zip(rows, largest.tolist(), likeliest.tolist(), logits, strict=True):
         if row.is_plain:
+            check_finite(value)
             row.take(token)
         else:
             row.choose(own)
+
+
+def check_finite(largest: float) -> None:
+    """Raise NumericError where the largest logit of a token is NaN or infinite."""
+    if not math.isfinite(largest):
+        raise NumericError(f"logits must be finite; the largest is {largest}. The model's weights are damaged.")

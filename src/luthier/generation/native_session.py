@@ -27,9 +27,13 @@ class NativeSession:
         self._stack = Stack(model)
         self._pool = PagePool(self._stack.decoder.page_floats)
 
-    def cache_bytes(self, tokens: int) -> int:
-        """Of a row of so many tokens."""
-        return -(-tokens // PAGE) * self._pool.page_bytes
+    def cache_bytes(self, tokens: int, shared: int = 0) -> int:
+        """Of a row of so many tokens, the whole pages of its first `shared` ones left out."""
+        return (_pages(tokens) - shared // PAGE) * self._pool.page_bytes
+
+    def committed_bytes(self, rows: Sequence[tuple[CachedRow, int]]) -> int:
+        """Of all pages held, and of those that rows will take until they have so many tokens."""
+        return (self._pool.used + sum(_pages(tokens) - len(row.pages) for row, tokens in rows)) * self._pool.page_bytes
 
     def start(self, prompts: Sequence[list[int]]) -> tuple[list[CachedRow], Tensor]:
         """New rows that hold the prompts, and the logits (rows, vocabulary) behind them.
@@ -110,3 +114,8 @@ class NativeSession:
     def _make_room(self, row: CachedRow, length: int) -> None:
         while len(row.pages) * PAGE < length:
             row.pages.append(self._pool.take())
+
+
+def _pages(tokens: int) -> int:
+    """That so many tokens fill."""
+    return -(-tokens // PAGE)

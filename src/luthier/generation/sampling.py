@@ -81,11 +81,13 @@ class Sampler:
 
 
 def kept(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
-    """(values, ids): the logits over the temperature, (N,), of the tokens that top_k and top_p keep; ids None for all.
+    """(values, ids): how far the logits of the tokens that top_k and top_p keep lie below the largest, over the temperature,
+    (N,) float64; ids None for all.
 
     A token is kept by top_p if those likelier than it do not reach top_p yet; the likeliest always is.
     """
-    scaled = logits.to(torch.float64) / sampling.temperature
+    # Differences first: a quotient by a temperature near 0 may pass the largest number.
+    scaled = (logits.to(torch.float64) - logits.max()) / sampling.temperature
     if sampling.top_k == 0 and sampling.top_p == 1:
         return scaled, None
     count = min(sampling.top_k or len(scaled), len(scaled))
@@ -110,8 +112,9 @@ def _shares_before(values: Tensor, total: Tensor) -> Tensor:
 
 
 def draw(values: Tensor, generator: torch.Generator) -> int:
-    """A place in values (N,), with probability softmax(values): where the cumulated sum passes a uniform number."""
-    sums = (values - values.max()).exp().cumsum(0)
+    """A place in values (N,), the largest 0, with probability softmax(values): where the cumulated sum passes a uniform
+    number."""
+    sums = values.exp().cumsum(0)
     point = torch.rand((), generator=generator, dtype=torch.float64) * sums[-1]
     place = int(torch.searchsorted(sums, point, right=True))
     return min(place, len(values) - 1)

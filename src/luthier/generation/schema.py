@@ -33,10 +33,13 @@ def require_library() -> Any:
 class SchemaConstraint:
     """The answer is a JSON value that the schema allows; what it cannot express is refused here, not ignored.
 
-    schema: a JSON Schema as a dictionary. An answer that is cut off by its longest length is no whole value.
+    schema: a JSON Schema as a dictionary. An answer that is cut off by its longest length is no whole value; `longest` is
+    None, since texts and lists have no bound of tokens.
     Raises ConfigError without llguidance, for a tokenizer that is not one of the tokenizers library, and for a schema that
     llguidance cannot follow, with its reason.
     """
+
+    longest: int | None = None
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, schema: dict[str, Any]):
         llguidance = require_library()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from luthier.models.packed import carries_state
 
@@ -31,12 +31,18 @@ class TransformersSession:
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         self._rows: list[PaddedRow] = []
 
-    def cache_bytes(self, tokens: int) -> int:
-        """Keys and values of a row of so many tokens in all layers, float32."""
+    def cache_bytes(self, tokens: int, shared: int = 0) -> int:
+        """Keys and values of a row of so many tokens in all layers, float32. Rows share none: shared is 0."""
+        assert shared == 0
         config = self._model.config.get_text_config()
         heads = config.num_attention_heads
         head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
         return 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * head_size * 4 * tokens
+
+    def committed_bytes(self, rows: Sequence[tuple[PaddedRow, int]]) -> int:
+        """Of the rows that others would start beside; here there are none."""
+        assert not rows
+        return 0
 
     def start(self, prompts: Sequence[list[int]]) -> tuple[list[PaddedRow], Tensor]:
         """New rows that hold the prompts, in place of those before, and the logits (rows, vocabulary) behind them."""
@@ -106,6 +112,7 @@ def generate_alone(model: Any, prompt: Sequence[int], room: int, choose: Callabl
     choose(logits (vocabulary,)) gives each next token and keeps it, None to end; it is called at most `room` times.
     """
     ids = torch.tensor([list(prompt)], device=model.device)
+    own_settings = model.generation_config
     vocabulary = model.config.get_text_config().vocab_size
     end = vocabulary - 1
     ended = False
@@ -119,7 +126,12 @@ def generate_alone(model: Any, prompt: Sequence[int], room: int, choose: Callabl
     def is_ended(_ids: Tensor, _scores: Tensor, **_unused: object) -> Tensor:
         return torch.tensor([ended], device=model.device)
 
-    model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=room, do_sample=False, num_beams=1, eos_token_id=None,
-        pad_token_id=0, logits_processor=LogitsProcessorList([_Chosen(next_token, end)]), stopping_criteria=[is_ended],
-    )  # fmt: skip
+    # What a model's own settings would do to the logits, such as a repetition penalty, is for `choose` to decide.
+    model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0)
+    try:
+        model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=room, do_sample=False, num_beams=1,
+            logits_processor=LogitsProcessorList([_Chosen(next_token, end)]), stopping_criteria=[is_ended],
+        )  # fmt: skip
+    finally:
+        model.generation_config = own_settings
