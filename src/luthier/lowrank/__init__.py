@@ -1,0 +1,1 @@
+"""Matrices at low rank and in few bits: decompositions, rounding in a metric, the choice between them."""
