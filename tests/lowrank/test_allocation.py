@@ -9,8 +9,8 @@ import torch
 from oracle import generator, layer
 
 from luthier.errors import PreflightError, ShapeError
-from luthier.lowrank import allocate as module
-from luthier.lowrank.allocate import Choice, allocate, floored, rank_choices
+from luthier.lowrank import allocation as module
+from luthier.lowrank.allocation import Choice, allocate, floored, rank_choices
 from luthier.lowrank.decompose import projected
 
 
