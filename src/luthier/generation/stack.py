@@ -14,6 +14,7 @@ from luthier.kernels.decoder import Decoder, LayerParts, NormPart
 from luthier.kernels.elementwise_ops import gated_op, rms_norm_op, rotary_in_place_op
 from luthier.kernels.linear_ops import flatten, forward_op
 from luthier.linear import LowRankLinear, enabled_terms, joined
+from luthier.matrices import FactoredMatrix
 from luthier.models.blocks import blocks_obstacle, choice
 from luthier.models.blocks.description import AttentionHalf, Layer, MlpHalf, Norm
 from luthier.models.blocks.families import family_of
@@ -55,6 +56,8 @@ def is_plain_product(layer: Any) -> bool:
         dense = layer.weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
         return dense and layer.weight.is_contiguous() and layer.weight.device.type == "cpu"
     if type(layer) is not LowRankLinear or layer.weight.device.type != "cpu" or layer.matrix.transposed:
+        return False
+    if isinstance(layer.matrix, FactoredMatrix):
         return False
     return all(term.is_fused and not term.lora_A.is_meta for term in enabled_terms(layer))
 
