@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from luthier import kernels
 from luthier.errors import ShapeError
-from luthier.matrices import MATRICES, Matrix
+from luthier.matrices import MATRICES, FactoredMatrix, Matrix
+from luthier.matrices.factored import StoredMatrix
 from luthier.matrices.products import row_blocks
 
 
@@ -96,13 +97,19 @@ class LowRankLinear(nn.Module):
         """The stored tensor, for code that ties or inspects weights; bytes where the matrix is stored in blocks."""
         return self.matrix.weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        """y in x's dtype. Leading terms that can be are computed in one go with the frozen product, and the bias with them."""
+    def forward(self, x: Tensor, inner: Tensor | None = None) -> Tensor:
+        """y in x's dtype. Leading terms that can be are computed in one go with the frozen product, and the bias with them.
+
+        inner: x R^T where W is factored and R has been multiplied for another layer already (`outputs_of`).
+        """
         terms = enabled_terms(self)
         fused = list(takewhile(lambda term: term.is_fused, terms))
         rest = terms[len(fused) :]
         shift = _summed_bias([*([] if rest or self.bias is None else [self.bias]), *_term_biases(fused)])
-        y = self.matrix.matmul(x, shift, joined(fused))
+        if inner is not None and isinstance(self.matrix, FactoredMatrix):
+            y = self.matrix.matmul_after(inner, x, shift, joined(fused))
+        else:
+            y = self.matrix.matmul(x, shift, joined(fused))
         for term in rest:
             y = (y + term(x) if term.magnitude is None else self._with_magnitude(x, y, term, term.magnitude)).to(x.dtype)
         return y if not rest or self.bias is None else y + self.bias.to(y.dtype)
@@ -142,6 +149,24 @@ class LowRankLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def outputs_of(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """What each layer gives for x. A right factor that several of them share is multiplied once."""
+    rights = [right_factor(layer) for layer in layers]
+    shared = {id(right): right for right in rights if right is not None and sum(other is right for other in rights) > 1}
+    inner = {key: right.matmul(x) for key, right in shared.items()}
+    return [
+        layer(x, inner[id(right)]) if right is not None and id(right) in inner else layer(x)
+        for layer, right in zip(layers, rights, strict=True)
+    ]
+
+
+def right_factor(layer: nn.Module) -> StoredMatrix | None:
+    """R of a layer whose matrix is factored, else None."""
+    if isinstance(layer, LowRankLinear) and isinstance(layer.matrix, FactoredMatrix):
+        return layer.matrix.right
+    return None
 
 
 def joined(terms: Sequence[LowRankTerm]) -> kernels.Term | None:
@@ -256,16 +281,28 @@ def count_numbers(model: nn.Module) -> int:
     return sum(plain.values()) + sum(matrix.shape[0] * matrix.shape[1] for matrix in matrices)
 
 
+PARTS = ("left", "right", "places")
+
+
 def keep_checkpoint_names(module: nn.Module) -> None:
-    """Give the matrix's tensors the names `weight...` in the state dict of `module`, and accept them back."""
+    """Give the matrix's tensors the names `weight...` in the state dict of `module`, and accept them back.
+
+    Of a factored matrix: `left.weight...`, `right.weight...`, `places`, and `weight...` for what they are added to.
+    """
 
     def shorten(_module, state_dict, prefix, _metadata):
         for key in [key for key in state_dict if key.startswith(prefix + "matrix.")]:
-            state_dict[prefix + key.removeprefix(prefix + "matrix.")] = state_dict.pop(key)
+            short = key.removeprefix(prefix + "matrix.").removeprefix("base.")
+            state_dict[prefix + short] = state_dict.pop(key)
 
-    def lengthen(_module, state_dict, prefix, *_args):
-        for key in [key for key in state_dict if key.startswith(prefix + "weight")]:
-            state_dict[prefix + "matrix." + key.removeprefix(prefix)] = state_dict.pop(key)
+    def lengthen(own, state_dict, prefix, *_args):
+        factored = isinstance(own.matrix, FactoredMatrix)
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            first = key.removeprefix(prefix).partition(".")[0]
+            if first == "weight":
+                state_dict[f"{prefix}matrix.{'base.' if factored else ''}{key.removeprefix(prefix)}"] = state_dict.pop(key)
+            elif factored and first in PARTS:
+                state_dict[f"{prefix}matrix.{key.removeprefix(prefix)}"] = state_dict.pop(key)
 
     module.register_state_dict_post_hook(shorten)
     module.register_load_state_dict_pre_hook(lengthen)

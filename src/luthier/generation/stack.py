@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from luthier import kernels
 from luthier.kernels.attention import packed_attention
-from luthier.kernels.decoder import Decoder, LayerParts, NormPart
+from luthier.kernels.decoder import AnyPart, Decoder, FactoredPart, LayerParts, NormPart
 from luthier.kernels.elementwise_ops import gated_op, rms_norm_op, rotary_in_place_op
 from luthier.kernels.linear_ops import flatten, forward_op
-from luthier.linear import LowRankLinear, enabled_terms, joined
+from luthier.linear import LowRankLinear, enabled_terms, joined, outputs_of, right_factor
+from luthier.matrices import FactoredMatrix
 from luthier.models.blocks import blocks_obstacle, choice
 from luthier.models.blocks.description import AttentionHalf, Layer, MlpHalf, Norm
 from luthier.models.blocks.families import family_of
@@ -59,18 +60,28 @@ def is_plain_product(layer: Any) -> bool:
     return all(term.is_fused and not term.lora_A.is_meta for term in enabled_terms(layer))
 
 
-def part_of(layer: Any) -> kernels.Part:
-    """A layer that `is_plain_product` as a kernel takes it; its terms joined into one."""
+def part_of(layer: Any, rights: dict[int, kernels.Storage] | None = None) -> AnyPart:
+    """A layer that `is_plain_product` as the decoder takes it; its terms joined into one.
+
+    rights: the storage of each right factor met so far, so that layers which share one are seen to.
+    """
     if isinstance(layer, nn.Linear):
-        bias = None if layer.bias is None else layer.bias.detach().to(torch.float32)
-        return kernels.Part(kernels.Storage.dense(layer.weight.detach()), bias)
+        own = None if layer.bias is None else layer.bias.detach().to(torch.float32)
+        return kernels.Part(kernels.Storage.dense(layer.weight.detach()), own)
     terms = enabled_terms(layer)
     shifts: list[Tensor] = [term.scaling * term.lora_B_bias for term in terms if term.lora_B_bias is not None]
     shifts += [] if layer.bias is None else [layer.bias]
+    bias = torch.stack(shifts).sum(0).detach() if shifts else None
     term = joined(terms)
     if term is not None:
         term = kernels.Term(term.A.detach().contiguous(), term.B.detach().contiguous(), term.scaling)
-    return kernels.Part(layer.matrix.storage(), torch.stack(shifts).sum(0).detach() if shifts else None, term)
+    matrix = layer.matrix
+    if not isinstance(matrix, FactoredMatrix):
+        return kernels.Part(matrix.storage(), bias, term)
+    known: dict[int, kernels.Storage] = {} if rights is None else rights
+    right = known.setdefault(id(matrix.right), matrix.right.storage())
+    base = None if matrix.base is None else matrix.base.storage()
+    return FactoredPart(matrix.left.storage(), right, base, matrix.places, bias, term)
 
 
 class Stack:
@@ -89,11 +100,11 @@ class Stack:
         self._norm = family.norm(body.norm)
         self._kinds = _kinds(self._layers)
         parts = [_layer_parts(layer, self._kinds.index(layer.rotary)) for layer in self._layers]
-        self._groups = [_Groups(part) for part in parts]
+        self._groups = [_Groups(layer, part) for layer, part in zip(self._layers, parts, strict=True)]
         attention = self._layers[0].attention
-        self._own_head = is_plain_product(head.linear)
+        self._own_head = is_plain_product(head.linear) and right_factor(head.linear) is None
         self.decoder = Decoder(
-            parts, _norm_part(self._norm), part_of(head.linear) if self._own_head else None,
+            parts, _norm_part(self._norm), whole_part(head.linear) if self._own_head else None,
             heads=attention.heads, kv_heads=attention.kv_heads, size=attention.head_size,
         )  # fmt: skip
         self._tables: list[Tables] = []
@@ -158,24 +169,35 @@ class Stack:
             self._tables.append((cos[0].to(torch.float32).contiguous(), sin[0].to(torch.float32).contiguous()))
 
 
+def whole_part(layer: Any) -> kernels.Part:
+    """`part_of` for a layer whose matrix is not in factors."""
+    part = part_of(layer)
+    assert isinstance(part, kernels.Part)
+    return part
+
+
 class _Groups:
     """The linear layers of a decoder layer, those of one input together, as one op each."""
 
-    def __init__(self, parts: LayerParts):
-        self._projections, self._gates = flatten(parts.projections), flatten(parts.gates)
-        self._output, self._down = flatten([parts.output]), flatten([parts.down])
-
-    def projections(self, x: Tensor) -> list[Tensor]:
-        return forward_op(x, *self._projections)[0]
-
-    def gates(self, x: Tensor) -> list[Tensor]:
-        return forward_op(x, *self._gates)[0]
+    def __init__(self, layer: Layer, parts: LayerParts):
+        self.projections = _group(layer.attention.projections, parts.projections)
+        self.gates = _group(layer.mlp.projections, parts.gates)
+        self._output, self._down = _group((layer.attention.output,), [parts.output]), _group((layer.mlp.down,), [parts.down])
 
     def output(self, x: Tensor) -> Tensor:
-        return forward_op(x, *self._output)[0][0]
+        return self._output(x)[0]
 
     def down(self, x: Tensor) -> Tensor:
-        return forward_op(x, *self._down)[0][0]
+        return self._down(x)[0]
+
+
+def _group(layers: Sequence[Any], parts: Sequence[AnyPart]) -> Callable[[Tensor], list[Tensor]]:
+    """x -> what each layer gives: one op, or the layers themselves where some are in factors."""
+    whole = [part for part in parts if isinstance(part, kernels.Part)]
+    if len(whole) < len(parts):
+        return lambda x: outputs_of(layers, x)
+    arguments = flatten(whole)
+    return lambda x: forward_op(x, *arguments)[0]
 
 
 def _attended(
@@ -223,9 +245,11 @@ def _maybe_norm(norm: Norm | None) -> NormPart | None:
 def _layer_parts(layer: Layer, rotary: int) -> LayerParts:
     attention, mlp = layer.attention, layer.mlp
     assert mlp.gate is not None
+    rights: dict[int, kernels.Storage] = {}
     return LayerParts(
-        norm=_norm_part(attention.norm), projections=[part_of(linear) for linear in attention.projections],
-        output=part_of(attention.output), mlp_norm=_norm_part(mlp.norm), gates=[part_of(linear) for linear in mlp.projections],
+        norm=_norm_part(attention.norm), projections=[part_of(linear, rights) for linear in attention.projections],
+        output=part_of(attention.output), mlp_norm=_norm_part(mlp.norm),
+        gates=[part_of(linear, rights) for linear in mlp.projections],
         down=part_of(mlp.down), gate=mlp.gate, scale=attention.scale, rotary=rotary, softcap=attention.softcap or 0.0,
         window=attention.window or 0, query_norm=_maybe_norm(attention.query_norm), key_norm=_maybe_norm(attention.key_norm),
         attention_post=_maybe_norm(attention.post_norm), mlp_post=_maybe_norm(mlp.post_norm),

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from luthier.errors import ShapeError
 from luthier.kernels import native
-from luthier.kernels.linear_native import _Linear, _linear, _matrix
-from luthier.kernels.linear_ops import Part
+from luthier.kernels.linear_native import Factors, Matrix, _Linear, _linear, _matrix, with_small
+from luthier.kernels.linear_ops import Part, Term
+from luthier.kernels.storage import Storage
 
 PAGE = 64  # positions of a page, as kPage in csrc/decode.h
 
@@ -34,6 +35,27 @@ class NormPart:
 
 
 @dataclass(frozen=True, eq=False)
+class FactoredPart:
+    """One linear layer whose matrix is base + left right, or with places rows of right and of left right.
+
+    right: (rank, in_features); left: (rows, rank); base: (out_features, in_features) or None; places: int32
+    (out_features,) or None. Layers with the same `right` storage object multiply it once.
+    """
+
+    left: Storage
+    right: Storage
+    base: Storage | None = None
+    places: Tensor | None = None
+    bias: Tensor | None = None
+    term: Term | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)"""
+        return self.left.shape[0] if self.places is None else len(self.places), self.right.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
 class LayerParts:
     """A decoder layer (models/blocks/description.py says what it computes).
 
@@ -42,11 +64,11 @@ class LayerParts:
     """
 
     norm: NormPart
-    projections: Sequence[Part]
-    output: Part
+    projections: Sequence[AnyPart]
+    output: AnyPart
     mlp_norm: NormPart
-    gates: Sequence[Part]
-    down: Part
+    gates: Sequence[AnyPart]
+    down: AnyPart
     gate: int
     scale: float
     rotary: int = 0
@@ -56,6 +78,9 @@ class LayerParts:
     key_norm: NormPart | None = None
     attention_post: NormPart | None = None
     mlp_post: NormPart | None = None
+
+
+AnyPart = Part | FactoredPart
 
 
 class _Norm(ctypes.Structure):
@@ -126,6 +151,7 @@ class Decoder:
         size: int,
     ):
         self._kept: list[object] = [layers, norm, head]
+        self._rights: dict[int, Matrix] = {}
         self._layers = (_Layer * len(layers))(*map(self._layer, layers))
         self._size, self._kv_heads, self._layer_count = size, kv_heads, len(layers)
         self.hidden = norm.weight.numel()
@@ -200,15 +226,31 @@ class Decoder:
             own.gates[number] = self._part(part)
         return own
 
-    def _part(self, part: Part | None) -> _Linear:
+    def _part(self, part: AnyPart | None) -> _Linear:
         if part is None:
             return _Linear()
-        matrix = _matrix(part.storage)
-        self._kept.append(matrix)
         term = part.term
-        if term is None:
-            return _linear(matrix, 1.0, part.bias, None, None)
-        return _linear(matrix, term.scaling, part.bias, term.A.detach(), term.B.detach())
+        A, B = (None, None) if term is None else (term.A.detach(), term.B.detach())
+        scaling = 1.0 if term is None else term.scaling
+        if isinstance(part, Part):
+            return _linear(self._matrix(part.storage), scaling, part.bias, A, B)
+        linear = with_small(part.shape, scaling, part.bias, A, B)
+        if part.base is not None:
+            linear.matrix = ctypes.pointer(self._matrix(part.base))
+        if id(part.right) not in self._rights:
+            self._rights[id(part.right)] = self._matrix(part.right)
+        factors = Factors(ctypes.pointer(self._rights[id(part.right)]), ctypes.pointer(self._matrix(part.left)))
+        if part.places is not None:
+            factors.places = native.check_tensor(part.places, "places", torch.int32, (None,)).data_ptr()
+            factors.outputs = len(part.places)
+        linear.factors = ctypes.pointer(factors)
+        self._kept.append(factors)
+        return linear
+
+    def _matrix(self, storage: Storage) -> Matrix:
+        matrix = _matrix(storage)
+        self._kept.append(matrix)
+        return matrix
 
 
 def _norm(part: NormPart | None) -> _Norm:

@@ -31,6 +31,10 @@ class Matrix(ctypes.Structure):
     )
 
 
+class Factors(ctypes.Structure):
+    _fields_ = (("right", POINTER(Matrix)), ("left", POINTER(Matrix)), ("places", c_void_p), ("outputs", c_int64))
+
+
 class _Linear(ctypes.Structure):
     _fields_ = (
         ("matrix", POINTER(Matrix)),
@@ -43,6 +47,7 @@ class _Linear(ctypes.Structure):
         ("u", c_void_p),
         ("dy", c_void_p),
         ("v", c_void_p),
+        ("factors", POINTER(Factors)),
     )
 
 
@@ -69,15 +74,23 @@ def _matrix(s: Storage) -> Matrix:
 
 
 def _linear(matrix: Matrix, scaling: float, bias: Tensor | None, A: Tensor | None, B: Tensor | None) -> _Linear:
-    linear = _Linear(ctypes.pointer(matrix), scaling=scaling)
+    linear = with_small((matrix.rows, matrix.cols), scaling, bias, A, B)
+    linear.matrix = ctypes.pointer(matrix)
+    return linear
+
+
+def with_small(shape: tuple[int, int], scaling: float, bias: Tensor | None, A: Tensor | None, B: Tensor | None) -> _Linear:
+    """A layer (out_features, in_features) with its bias and term, its matrix yet to come. Raises ShapeError."""
+    rows, columns = shape
+    linear = _Linear(scaling=scaling)
     if bias is not None:
-        linear.bias = native.check_tensor(bias, "bias", F32, (matrix.rows,)).data_ptr()
+        linear.bias = native.check_tensor(bias, "bias", F32, (rows,)).data_ptr()
     if A is None and B is None:
         return linear
     if A is None or B is None:
         raise ShapeError("a low-rank term has both A and B; one of them is missing.")
-    native.check_tensor(A, "A", F32, (None, matrix.cols))
-    native.check_tensor(B, "B", F32, (matrix.rows, A.shape[0]))
+    native.check_tensor(A, "A", F32, (None, columns))
+    native.check_tensor(B, "B", F32, (rows, A.shape[0]))
     if A.shape[0] > 0:
         linear.rank, linear.A, linear.B = A.shape[0], A.data_ptr(), B.data_ptr()
     return linear

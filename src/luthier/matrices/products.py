@@ -13,12 +13,13 @@ from luthier import kernels
 
 if TYPE_CHECKING:
     from luthier.matrices import Matrix
+    from luthier.matrices.factored import StoredMatrix
 
 BLOCK_ELEMENTS = 1 << 20
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
-def product(matrix: Matrix, x: Tensor, bias: Tensor | None = None, term: kernels.Term | None = None) -> Tensor:
+def product(matrix: StoredMatrix, x: Tensor, bias: Tensor | None = None, term: kernels.Term | None = None) -> Tensor:
     """x W^T + bias + s (x A^T) B^T in x's dtype. x: (..., in_features) -> (..., out_features).
 
     The one place that decides how: the kernel for float32 on the CPU and a frozen W, plain torch for all else and for no rows.
@@ -36,7 +37,7 @@ def product(matrix: Matrix, x: Tensor, bias: Tensor | None = None, term: kernels
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def _plain_product(matrix: Matrix, x: Tensor) -> Tensor:
+def _plain_product(matrix: StoredMatrix, x: Tensor) -> Tensor:
     if matrix.weight.requires_grad or matrix.weight.dtype == x.dtype:
         return F.linear(x, matrix.dequantize(x.dtype))
     return _WidenedProduct.apply(x, matrix)
@@ -46,7 +47,7 @@ class _WidenedProduct(torch.autograd.Function):
     """y = x W^T with W stored in fewer bits: widened for the product, and again in backward, never kept widened."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, matrix: Matrix) -> Tensor:
+    def forward(ctx, x: Tensor, matrix: StoredMatrix) -> Tensor:
         ctx.matrix = matrix
         return F.linear(x, matrix.dequantize(x.dtype))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -10,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from luthier.errors import ModelError, bulleted, one_line
-from luthier.matrices import GGUFMatrix, NF4Matrix
+from luthier.matrices import Matrix
 from luthier.strict_json import read_json
 
 SINGLE_FILE = "model.safetensors"
@@ -33,9 +34,9 @@ class WeightSource(Protocol):
         """The dtype `tensor` gives it in; None where it holds no floating-point numbers."""
 
     def kind(self, name: str) -> str | None:
-        """What it is stored as where that is no floating-point dtype: nf4, or a type of GGUF blocks; else None."""
+        """What it is stored as where that is no floating-point dtype: nf4, a type of GGUF blocks, two factors; else None."""
 
-    def matrix(self, name: str) -> NF4Matrix | GGUFMatrix:
+    def matrix(self, name: str) -> Matrix:
         """A tensor whose kind is not None, as the matrix that keeps it, mapped where it can be."""
 
     def tensor(self, name: str, *, mapped: bool) -> Tensor:
@@ -45,19 +46,20 @@ class WeightSource(Protocol):
 class SafetensorsCheckpoint:
     """The tensors of one folder's `model.safetensors`, or of the shards that `model.safetensors.index.json` names.
 
+    files: the files to read in place of these, by the names that another file of the folder, `listed_in`, gives them.
     Raises ModelError, with every problem in it, if a file is missing, damaged, or lies outside the folder, or if
     the folder holds only pickled weights, which are never opened.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, files: Iterable[str] | None = None, listed_in: str = INDEX_FILE):
         self.folder = folder
         self._file_of: dict[str, Path] = {}
         self._shape_of: dict[str, tuple[int, ...]] = {}
         self._dtype_of: dict[str, str] = {}
         self._mapped: dict[Path, safe_open] = {}
-        index = _read_index(folder)
+        index = _read_index(folder) if files is None else {}
         problems: list[str] = []
-        for path in _shards(folder, index):
+        for path in _shards(folder, index) if files is None else _listed_files(folder, files, listed_in):
             problems += self._read_header(path)
         problems += [
             f"{name} is not in {file}, where the index puts it" for name, file in index.items() if name not in self._file_of
@@ -91,10 +93,14 @@ class SafetensorsCheckpoint:
     def dtype(self, name: str) -> torch.dtype | None:
         return DTYPES.get(self._dtype_of[name])
 
+    def stored_dtype(self, name: str) -> str:
+        """The dtype by safetensors' own name: F32, BF16, U8 and so on."""
+        return self._dtype_of[name]
+
     def kind(self, name: str) -> str | None:
         return None
 
-    def matrix(self, name: str) -> NF4Matrix | GGUFMatrix:
+    def matrix(self, name: str) -> Matrix:
         raise ModelError(f"{name} is stored in plain numbers, not in blocks.")
 
     def tensor(self, name: str, *, mapped: bool) -> Tensor:
@@ -127,11 +133,13 @@ def _read_index(folder: Path) -> dict[str, str]:
 
 def _shards(folder: Path, index: dict[str, str]) -> list[Path]:
     """The files to read, each a regular file inside `folder`. Raises ModelError naming those that are not."""
-    if not index:
-        return [_single_file(folder)]
+    return _listed_files(folder, index.values(), INDEX_FILE) if index else [_single_file(folder)]
+
+
+def _listed_files(folder: Path, names: Iterable[str], listed_in: str) -> list[Path]:
     problems = []
     shards = []
-    for file in sorted(set(index.values())):
+    for file in sorted(set(names)):
         path = folder / file
         if not _stays_inside(folder, file):
             problems.append(f"{file[:200]!r} leads out of the folder")
@@ -141,7 +149,7 @@ def _shards(folder: Path, index: dict[str, str]) -> list[Path]:
             shards.append(path)
     if problems:
         raise ModelError(
-            f"every file in {folder / INDEX_FILE} must stand in that folder:\n{bulleted(problems)}\nDownload the model again."
+            f"every file in {folder / listed_in} must stand in that folder:\n{bulleted(problems)}\nDownload the model again."
         )
     return shards
 

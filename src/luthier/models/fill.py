@@ -20,6 +20,7 @@ from luthier.errors import ModelError, bulleted
 from luthier.kernels.storage import KINDS
 from luthier.linear import LowRankEmbedding, LowRankLinear
 from luthier.matrices import Matrix, NF4Matrix
+from luthier.matrices.factored import is_factored
 from luthier.models.checkpoint import WeightSource
 from luthier.models.fit import listed, really_missing, really_unexpected
 from luthier.models.nf4_checkpoint import refuse_other_formats
@@ -152,7 +153,7 @@ class Filler:
     def _check_kinds(self) -> None:
         """Raise ModelError if a matrix is to stay in blocks that no kernel multiplies with; note what is not as was asked."""
         kinds = {key: stored_as(self.source, self._source_name[key]) for key in self._matrix_keys()}
-        odd = {key: kind for key, kind in kinds.items() if kind not in KINDS}
+        odd = {key: kind for key, kind in kinds.items() if kind not in KINDS and not is_factored(kind)}
         kept = [f"{key}: {kind.upper()}" for key, kind in odd.items() if self._wanted(key, self._source_name[key]) == kind]
         if kept:
             raise ModelError(
@@ -160,8 +161,17 @@ class Filler:
                 f"{bulleted(kept)}\nTry --base nf4, which quantizes them anew while loading, --base bf16, or another "
                 "quantization of the model, such as Q4_K_M."
             )
+        tables = [f"{key}: {kinds[key]}" for key in self._table_keys() if is_factored(kinds.get(key))]
+        if tables:
+            raise ModelError(
+                f"token embeddings and head are stored whole; {self.where} has them in factors:\n{bulleted(tables)}\n"
+                "Compress the model anew."
+            )
         if self.base != "nf4":
             return
+        factored = [key for key, kind in kinds.items() if is_factored(kind)]
+        if factored:
+            self.notes.append(f"{listed(factored)} stored in low-rank factors and kept so.")
         widened = [key for key in odd if key not in self._to_nf4]
         if widened:
             size_bytes = sum(self._bytes(self._source_name[key]) for key in widened)
@@ -186,6 +196,9 @@ class Filler:
         """The weights that become matrices, a tied head's left out."""
         linear = [name for name in linear_names(self.model) if not (self.tied and name == self.head)]
         return [f"{name}.weight" for name in (self.embedding, *linear)]
+
+    def _table_keys(self) -> list[str]:
+        return [f"{self.embedding}.weight", f"{self.head}.weight"]
 
     # how a tensor becomes part of the model
 
@@ -213,17 +226,19 @@ class Filler:
         return matrix
 
     def _wanted(self, key: str, name: str) -> str:
-        """The storage that this weight is to have. One that is in NF4 already is not quantised anew."""
+        """The storage that this weight is to have. One that is in NF4 or in factors already is not quantised anew."""
+        kind = stored_as(self.source, name)
+        if self.base == "nf4" and is_factored(kind):
+            return kind
         if key in self._to_nf4:
             return "nf4"
         if self.base not in (None, "asis", "nf4"):
             return self.base
-        kind = stored_as(self.source, name)
         return "f32" if self.base == "nf4" and kind not in KINDS else kind
 
     def _is_turned(self, key: str, name: str) -> bool:
-        """Whether a Conv1D's weight, (in, out) in plain checkpoints, comes as (out, in), which is how NF4 stores it."""
-        return key in self._conv1d and self.source.kind(name) == "nf4"
+        """Whether a Conv1D's weight, (in, out) in plain checkpoints, comes as (out, in), as all but dense storages lie."""
+        return key in self._conv1d and self.source.kind(name) is not None
 
     def _plain(self, key: str) -> Tensor:
         """A small tensor in float32, its own copy."""

@@ -17,6 +17,8 @@ from luthier.errors import ConfigError, ModelError, PreflightError, bulleted, ne
 from luthier.matrices import MATRICES
 from luthier.models.blocks.forward import use_blocks_in_forward
 from luthier.models.checkpoint import SafetensorsCheckpoint, WeightSource
+from luthier.models.compressed_checkpoint import CompressedCheckpoint
+from luthier.models.compressed_description import is_compressed
 from luthier.models.fill import Filler
 from luthier.models.gguf_checkpoint import GGUFCheckpoint
 from luthier.models.gguf_config import config_content
@@ -104,7 +106,10 @@ def load_tokenizer(model: str, *, offline: bool = False, progress: Progress | No
 def open_weights(path: Path) -> tuple[PretrainedConfig, WeightSource]:
     """The configuration and the weights in a folder or GGUF file; of the weights only the headers are read."""
     if path.is_dir():
-        config, plain = read_config(path), SafetensorsCheckpoint(path)
+        config = read_config(path)
+        if is_compressed(path):
+            return config, CompressedCheckpoint(path)
+        plain = SafetensorsCheckpoint(path)
         return config, NF4Checkpoint(plain) if holds_nf4(plain) else plain
     file = read_gguf(path)
     config = make_config(config_content(file), str(path))

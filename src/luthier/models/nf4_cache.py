@@ -12,7 +12,7 @@ from torch import Tensor
 
 from luthier.config import NF4Options
 from luthier.errors import ModelError, PreflightError
-from luthier.matrices import GGUFMatrix, NF4Matrix
+from luthier.matrices import Matrix, NF4Matrix
 from luthier.models.cache import cache_folder, discard, is_whole, publish, seal
 from luthier.models.checkpoint import SINGLE_FILE, SafetensorsCheckpoint, WeightSource
 from luthier.models.nf4_checkpoint import read_nf4
@@ -103,7 +103,7 @@ class CachedSource:
     def kind(self, name: str) -> str | None:
         return "nf4" if name in self._quantized else self.original.kind(name)
 
-    def matrix(self, name: str) -> NF4Matrix | GGUFMatrix:
+    def matrix(self, name: str) -> Matrix:
         return self._quantized[name] if name in self._quantized else self.original.matrix(name)
 
     def tensor(self, name: str, *, mapped: bool) -> Tensor:

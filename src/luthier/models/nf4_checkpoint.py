@@ -13,6 +13,8 @@ from luthier.matrices import NF4Matrix
 from luthier.matrices.nf4 import STATE_KEY
 from luthier.models.checkpoint import SafetensorsCheckpoint
 
+# What a compressed model's config.json names, so that Transformers does not take it for a model without these weights.
+COMPRESSED_METHOD = "luthier"
 STATE_MARK = ".quant_state.bitsandbytes__"
 PART_ENDS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 NF4_SUFFIX = STATE_KEY.removeprefix("weight")
@@ -33,7 +35,7 @@ def check_quantization(content: dict[str, Any], where: str) -> None:
     if not settings:
         return
     kind = _kind_named(settings) if isinstance(settings, dict) else repr(settings)
-    if kind != "bitsandbytes nf4":
+    if kind not in ("bitsandbytes nf4", COMPRESSED_METHOD):
         raise _refusal(where, kind)
 
 

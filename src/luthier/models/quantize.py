@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from luthier.config import NF4Options
 from luthier.errors import ConfigError, PreflightError
 from luthier.linear import LowRankEmbedding, LowRankLinear
 from luthier.matrices import GGUFMatrix, NF4Matrix
 from luthier.models.cache import publish
-from luthier.models.checkpoint import INDEX_FILE, SINGLE_FILE
+from luthier.models.checkpoint import INDEX_FILE
 from luthier.models.load import Loaded, check_finite, load
 from luthier.models.safetensors_writer import write_safetensors
 from luthier.models.skeleton import CONFIG_FILE
@@ -64,14 +64,32 @@ def quantize(
     check_finite(loaded.model)
     try:
         with publish(target) as stage:
-            state, dtype = _plain_state(loaded.model)
-            _write_weights(stage, state, progress)
-            _write_settings(stage, loaded, str(dtype).removeprefix("torch."))
+            state = write_quantized(stage, loaded.model, loaded.tokenizer, progress)
     except OSError as error:
         raise PreflightError(
             f"{target} could not be written: {error.strerror or error}. Check the disk's free space."
         ) from error
     return _report(loaded, target, state)
+
+
+def write_quantized(
+    stage: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: Progress | None = None
+) -> dict[str, Tensor]:
+    """Fill the empty folder `stage` with a model whose linear layers are in NF4; the tensors that were written."""
+    state, dtype = _plain_state(model)
+    files = write_weights(stage, state, progress)
+    write_index(stage, files, sum(_size(tensor) for tensor in state.values()))
+    _write_settings(stage, model, tokenizer, str(dtype).removeprefix("torch."))
+    return state
+
+
+def narrowest(tensor: Tensor) -> Tensor:
+    """The tensor in bfloat16, else in float16, where that holds every number of it exactly; else as it is."""
+    for dtype in (torch.bfloat16, torch.float16):
+        narrow = tensor.to(dtype)
+        if tensor.is_floating_point() and torch.equal(narrow.to(tensor.dtype), tensor):
+            return narrow
+    return tensor
 
 
 def _plain_state(model: PreTrainedModel) -> tuple[dict[str, Tensor], torch.dtype]:
@@ -114,7 +132,10 @@ def _dtype_before(model: PreTrainedModel) -> torch.dtype:
     return next((module.dtype for module in model.modules() if isinstance(module, NF4Matrix)), torch.float32)
 
 
-def _write_weights(stage: Path, state: dict[str, Tensor], progress: Progress | None) -> None:
+def write_weights(
+    stage: Path, state: dict[str, Tensor], progress: Progress | None, *, stem: str = "model"
+) -> dict[str, list[str]]:
+    """The tensors as one file `<stem>.safetensors`, or as numbered shards; the names of the tensors in each file."""
     total, done = sum(_size(tensor) for tensor in state.values()), 0
 
     def written(size_bytes: int) -> None:
@@ -124,15 +145,19 @@ def _write_weights(stage: Path, state: dict[str, Tensor], progress: Progress | N
             progress("writing", done, total)
 
     shards = _shards(state)
-    if len(shards) == 1:
-        write_safetensors(stage / SINGLE_FILE, state, written=written)
+    names = [f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    files = dict(zip(names, shards, strict=True)) if len(shards) > 1 else {f"{stem}.safetensors": shards[0]}
+    for file, own in files.items():
+        write_safetensors(stage / file, {name: state[name] for name in own}, written=written)
+    return files
+
+
+def write_index(stage: Path, files: dict[str, list[str]], total_bytes: int) -> None:
+    """Transformers' index beside shards; nothing where there is one file."""
+    if len(files) == 1:
         return
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(stage / file, {name: state[name] for name in names}, written=written)
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    weight_map = {name: file for file, own in files.items() for name in own}
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     (stage / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
@@ -150,8 +175,7 @@ def _shards(state: dict[str, Tensor]) -> list[list[str]]:
     return shards
 
 
-def _write_settings(stage: Path, loaded: Loaded, dtype: str) -> None:
-    model = loaded.model
+def _write_settings(stage: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: str) -> None:
     double = any(module.double_quant for module in model.modules() if isinstance(module, NF4Matrix))
     content: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=True))
     content |= {
@@ -162,7 +186,7 @@ def _write_settings(stage: Path, loaded: Loaded, dtype: str) -> None:
     (stage / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if model.can_generate():
         model.generation_config.save_pretrained(stage)
-    loaded.tokenizer.save_pretrained(stage)
+    tokenizer.save_pretrained(stage)
 
 
 def bitsandbytes_settings(kept: list[str], *, double: bool, dtype: str) -> dict[str, Any]:

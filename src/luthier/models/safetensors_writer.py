@@ -13,7 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8", torch.int64: "I64"}
+NAMES = {
+    **{torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"},
+    **{torch.uint8: "U8", torch.int32: "I32", torch.int64: "I64"},
+}
 ALIGNMENT = 64
 
 

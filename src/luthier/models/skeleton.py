@@ -12,7 +12,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from luthier.errors import ModelError, nearest, one_line
-from luthier.models.nf4_checkpoint import check_quantization
+from luthier.models.compressed_description import DESCRIPTION_FILE
+from luthier.models.nf4_checkpoint import COMPRESSED_METHOD, check_quantization
 from luthier.strict_json import read_json
 
 CONFIG_FILE = "config.json"
@@ -39,6 +40,10 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise ModelError(f"{path} must be readable JSON; {one_line(error)}. Download the model again.") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path} must hold one JSON object; it holds a {type(content).__name__}. Download the model again.")
+    settings = content.get("quantization_config")
+    named = isinstance(settings, dict) and settings.get("quant_method") == COMPRESSED_METHOD
+    if named and not (folder / DESCRIPTION_FILE).is_file():
+        raise ModelError(f"a compressed model has {DESCRIPTION_FILE} beside its weights; {folder} has none. Copy it again.")
     return make_config(content, str(path))
 
 

@@ -14,6 +14,7 @@ from luthier.config import RunConfig
 from luthier.kernels.storage import DENSE_DTYPES, GGUF_BLOCKS, NF4_BLOCK, NF4_NESTED_BLOCK
 from luthier.linear import LowRankEmbedding, LowRankLinear
 from luthier.matrices import DenseMatrix, Matrix
+from luthier.matrices.factored import FactoredKind
 from luthier.models.checkpoint import WeightSource
 from luthier.models.fill import Filler
 from luthier.models.load import open_weights
@@ -103,6 +104,12 @@ def _loading_bytes(filler: Filler, weights: WeightSource, key: str, kind: str) -
 
 def stored_bytes(kind: str, rows: int, columns: int, *, double: bool) -> int:
     """Bytes of a matrix (rows, columns) of that kind. double: NF4's scales are in 8 bits."""
+    factored = FactoredKind.parse(kind)
+    if factored is not None:
+        own = rows - factored.rank if factored.pivoted else rows
+        parts = [(factored.left, own, factored.rank), (factored.right, factored.rank, columns)]
+        parts += [(factored.base, rows, columns)] if factored.base else []
+        return sum(stored_bytes(part, *sizes, double=double) for part, *sizes in parts) + (4 * rows if factored.pivoted else 0)
     weights = rows * columns
     if kind in DENSE_DTYPES:
         return weights * DENSE_DTYPES[kind].itemsize

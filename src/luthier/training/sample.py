@@ -14,7 +14,8 @@ from luthier.adapters.targets import low_rank_layers
 from luthier.config import RunConfig
 from luthier.kernels.storage import DENSE_DTYPES, GGUF_BLOCKS, NF4_BLOCK, NF4_NESTED_BLOCK
 from luthier.linear import LowRankEmbedding
-from luthier.matrices import DenseMatrix, GGUFMatrix, Matrix, NF4Matrix
+from luthier.matrices import DenseMatrix, FactoredMatrix, GGUFMatrix, Matrix, NF4Matrix
+from luthier.matrices.factored import FactoredKind, StoredMatrix
 from luthier.models.skeleton import build_skeleton, make_config
 from luthier.training.blueprint import Blueprint, put_layers
 
@@ -80,6 +81,24 @@ def make_inputs_require_grads(_module: nn.Module, _inputs: Any, output: Tensor) 
 
 def sample_matrix(kind: str, rows: int, columns: int, *, double: bool) -> Matrix:
     """A matrix of that kind whose memory is really there; making it takes no longer than writing it."""
+    factored = FactoredKind.parse(kind)
+    if factored is not None:
+        return _sample_factored(factored, rows, columns, double=double)
+    return _sample_stored(kind, rows, columns, double=double)
+
+
+def _sample_factored(kind: FactoredKind, rows: int, columns: int, *, double: bool) -> FactoredMatrix:
+    own = max(1, rows - kind.rank) if kind.pivoted else rows
+    places = torch.arange(rows, dtype=torch.int32) if kind.pivoted else None
+    return FactoredMatrix(
+        _sample_stored(kind.left, own, kind.rank, double=double),
+        _sample_stored(kind.right, kind.rank, columns, double=double),
+        base=_sample_stored(kind.base, rows, columns, double=double) if kind.base else None,
+        places=places,
+    )
+
+
+def _sample_stored(kind: str, rows: int, columns: int, *, double: bool) -> StoredMatrix:
     if kind in DENSE_DTYPES:
         row = torch.linspace(-SIZE_OF_WEIGHTS, SIZE_OF_WEIGHTS, columns).to(DENSE_DTYPES[kind])
         return DenseMatrix(row.repeat(rows, 1))

@@ -27,8 +27,10 @@ constexpr std::int64_t kRowsOfTask = 16;
 // Up to so many tokens blocks of GGUF files are multiplied in fixed point, token by token; beyond, floats are faster, since
 // every row is decoded once for all.
 constexpr std::int64_t kFixedTokens = 2;
-// Phases of a layer: two times norm, two of low-rank terms, product; keys; attention; and so on. An upper bound.
-constexpr std::int64_t kPhasesOfLayer = 20;
+// Phases of a layer: two times norm, two of low-rank terms, three of factors, product; keys; attention; and so on. An upper
+// bound.
+constexpr std::int64_t kPhasesOfLayer = 32;
+constexpr int kMostParts = 3;  // layers of one input
 
 // Hands out pieces of one buffer, each 64-byte aligned; without a buffer it only counts.
 class Pieces {
@@ -87,6 +89,11 @@ void pack_token(const float* row, std::int64_t t, std::int64_t T, std::int64_t b
 
 bool is_fixed(const lt_matrix& m) { return m.kind >= LT_Q4_0; }
 
+std::int64_t rows_of(const lt_linear& part) {
+  if (part.matrix != nullptr) return part.matrix->rows;
+  return part.factors->places != nullptr ? part.factors->outputs : part.factors->left->rows;
+}
+
 // What one member of the team does; each has a copy, over the same buffers.
 class Step {
  public:
@@ -110,7 +117,7 @@ class Step {
   std::int64_t width_q() const { return d.heads * d.size; }
   std::int64_t width_kv() const { return d.kv_heads * d.size; }
   std::int64_t width_qkv() const { return width_q() + 2 * width_kv(); }
-  static std::int64_t width_gates(const lt_decoder_layer& layer) { return layer.gates[0].matrix->rows * layer.gate_count; }
+  static std::int64_t width_gates(const lt_decoder_layer& layer) { return rows_of(layer.gates[0]) * layer.gate_count; }
 
   static std::int64_t ranks(const lt_linear* parts, int count) {
     std::int64_t total = 0;
@@ -118,13 +125,23 @@ class Step {
     return total;
   }
 
+  static std::int64_t inner_of(const lt_linear* parts, int count) {
+    std::int64_t most = 0;
+    for (int p = 0; p < count; ++p) {
+      if (parts[p].factors != nullptr) most = std::max(most, parts[p].factors->right->rows);
+    }
+    return most;
+  }
+
   void place(Pieces& pieces) {
-    std::int64_t gates = 0, rank = ranks(&d.head, 1);
+    std::int64_t gates = 0, rank = ranks(&d.head, 1), narrow = 0;
     for (std::int64_t l = 0; l < d.layer_count; ++l) {
       const lt_decoder_layer& layer = d.layers[l];
       gates = std::max(gates, width_gates(layer));
       rank = std::max({rank, ranks(layer.projections, layer.projection_count), ranks(&layer.output, 1),
                        ranks(layer.gates, layer.gate_count), ranks(&layer.down, 1)});
+      narrow = std::max({narrow, inner_of(layer.projections, layer.projection_count), inner_of(&layer.output, 1),
+                         inner_of(layer.gates, layer.gate_count), inner_of(&layer.down, 1)});
     }
     x.place(pieces, s.T, std::max({d.hidden, width_q(), gates / 2}));
     qkv = pieces.take<float>(s.T * width_qkv());
@@ -133,6 +150,9 @@ class Step {
     u = pieces.take<float>(s.T * rank);
     inner = pieces.take<float>(s.T * rank);
     inner_rows = pieces.take<float>(s.T * rank);
+    if (narrow == 0) return;
+    for (Input& one : z) one.place(pieces, s.T, narrow);
+    product = pieces.take<float>(s.T * std::max({width_qkv(), gates, d.hidden}));
   }
 
   void norm_row(const lt_norm& norm, const float* from, std::int64_t rows, std::int64_t width, float* to) const {
@@ -144,12 +164,13 @@ class Step {
   }
 
   // Row t of the input, filled up with zeros, as the products need it.
-  void finish_row(std::int64_t t) const {
-    float* row = x.row(t);
-    std::memset(row + x.width, 0, sizeof(float) * std::size_t(x.blocks * kPanelGroup - x.width));
-    if (x.T <= kFixedTokens) x.finite[t] = kernels.fix(row, x.blocks * kPanelGroup, x.token(t));
-    pack_token(row, t, x.T, x.blocks, x.packed, x.sums, few.lanes);
+  void finish_row(const Input& in, std::int64_t t) const {
+    float* row = in.row(t);
+    std::memset(row + in.width, 0, sizeof(float) * std::size_t(in.blocks * kPanelGroup - in.width));
+    if (in.T <= kFixedTokens) in.finite[t] = kernels.fix(row, in.blocks * kPanelGroup, in.token(t));
+    pack_token(row, t, in.T, in.blocks, in.packed, in.sums, few.lanes);
   }
+  void finish_row(std::int64_t t) const { finish_row(x, t); }
 
   // y += post(y of the half before), then the norm of the half that begins.
   void begin_half(Team::Member& team, const lt_norm* post, const lt_norm& norm) {
@@ -226,30 +247,124 @@ class Step {
       std::memcpy(x.row(i), normed, sizeof(float) * std::size_t(d.hidden));
       finish_row(i);
     });
-    if (s.logits != nullptr) linears(team, &d.head, 1, s.logits, d.head.matrix->rows);
+    if (s.logits != nullptr) linears(team, &d.head, 1, s.logits, rows_of(d.head));
   }
 
+  // The low-rank term of a layer, as the products take it; rank 0 for none.
+  struct Low {
+    const float *B, *packed, *rows;
+    std::int64_t rank;
+  };
+
   // Layers of one input, the results side by side: rows of `to` are `ld` apart.
-  void linears(Team::Member& team, const lt_linear* parts, int count, float* to, std::int64_t ld) const {
+  void linears(Team::Member& team, const lt_linear* parts, int count, float* to, std::int64_t ld) {
     if (ranks(parts, count) > 0) low_rank(team, parts, count);
-    std::int64_t first[4] = {0, 0, 0, 0};
-    for (int p = 0; p < count; ++p) first[p + 1] = first[p] + (parts[p].matrix->rows + kRowsOfTask - 1) / kRowsOfTask;
-    bool fixed = x.T <= kFixedTokens;
-    for (std::int64_t t = 0; fixed && t < x.T; ++t) fixed = x.finite[t] != 0;
+    const bool factored = inner_of(parts, count) > 0;
+    if (factored) narrow(team, parts, count);
+    std::int64_t first[kMostParts + 1] = {};
+    for (int p = 0; p < count; ++p) first[p + 1] = first[p] + (rows_of(parts[p]) + kRowsOfTask - 1) / kRowsOfTask;
+    const bool fixed = is_finite(x);
+    bool narrow_fixed[kMostParts] = {};
+    for (int p = 0; factored && p < count; ++p) narrow_fixed[p] = parts[p].factors != nullptr && is_finite(z[shared(parts, p)]);
     team.each(first[count], [&](std::int64_t task) {
       std::int64_t column = 0, low = 0;
       int p = 0;
-      for (; task >= first[p + 1]; ++p) column += parts[p].matrix->rows, low += x.T * up(parts[p].rank, kPanelGroup);
+      for (; task >= first[p + 1]; ++p) column += rows_of(parts[p]), low += x.T * up(parts[p].rank, kPanelGroup);
       const lt_linear& part = parts[p];
-      const std::int64_t row = (task - first[p]) * kRowsOfTask, rows = std::min(kRowsOfTask, part.matrix->rows - row);
-      const float* factors = part.rank > 0 ? part.B : nullptr;
-      if (!fixed || !is_fixed(*part.matrix)) {
-        few.multiply({part.matrix, row, rows, x.packed, x.sums, x.T, factors, inner + low, part.rank, part.bias, to + column, ld});
+      const std::int64_t row = (task - first[p]) * kRowsOfTask, rows = std::min(kRowsOfTask, rows_of(part) - row);
+      const Low term{part.rank > 0 ? part.B : nullptr, inner + low, inner_rows + low, part.rank};
+      if (part.matrix != nullptr) multiply(*part.matrix, x, fixed, row, rows, term, part.bias, to + column, ld);
+      if (part.factors == nullptr) return;
+      const Input& narrowed = z[shared(parts, p)];
+      const lt_matrix& left = *part.factors->left;
+      const Low none{};
+      if (part.matrix == nullptr && part.factors->places == nullptr) {
+        multiply(left, narrowed, narrow_fixed[p], row, rows, term, part.bias, to + column, ld);
         return;
       }
+      const std::int64_t here = std::min(rows, left.rows - row);
+      if (here > 0) multiply(left, narrowed, narrow_fixed[p], row, here, none, nullptr, product + column, ld);
+      if (part.matrix == nullptr) return;
       for (std::int64_t t = 0; t < x.T; ++t) {
-        kernels.multiply({part.matrix, row, rows, x.token(t), factors, inner_rows + low + t * part.rank, part.rank, part.bias,
-                          to + t * ld + column + row});
+        const std::int64_t at = t * ld + column + row;
+        for (std::int64_t i = 0; i < rows; ++i) to[at + i] += product[at + i];
+      }
+    });
+    if (has_places(parts, count)) scatter(team, parts, count, to, ld);
+  }
+
+  static bool has_places(const lt_linear* parts, int count) {
+    return std::any_of(parts, parts + count, [](const auto& part) { return part.factors && part.factors->places; });
+  }
+
+  // Whether every token is there in fixed point.
+  static bool is_finite(const Input& in) {
+    bool finite = in.T <= kFixedTokens;
+    for (std::int64_t t = 0; finite && t < in.T; ++t) finite = in.finite[t] != 0;
+    return finite;
+  }
+
+  // y[t * ld + i] for rows `row` ... of m, all tokens of the input.
+  void multiply(const lt_matrix& m, const Input& in, bool fixed, std::int64_t row, std::int64_t rows, const Low& low,
+                const float* bias, float* to, std::int64_t ld) const {
+    if (!fixed || !is_fixed(m)) {
+      few.multiply({&m, row, rows, in.packed, in.sums, in.T, low.B, low.packed, low.rank, bias, to, ld});
+      return;
+    }
+    for (std::int64_t t = 0; t < in.T; ++t) {
+      kernels.multiply({&m, row, rows, in.token(t), low.B, low.rows + t * low.rank, low.rank, bias, to + t * ld + row});
+    }
+  }
+
+  // The first of the layers that has the right factor of layer p, whose x R^T serves both.
+  static int shared(const lt_linear* parts, int p) {
+    int first = 0;
+    while (parts[first].factors == nullptr || parts[first].factors->right != parts[p].factors->right) ++first;
+    return first;
+  }
+
+  // x R^T of each right factor, once, into its z.
+  void narrow(Team::Member& team, const lt_linear* parts, int count) {
+    std::int64_t first[kMostParts + 1] = {};
+    for (int p = 0; p < count; ++p) {
+      const bool own = parts[p].factors != nullptr && shared(parts, p) == p;
+      if (own) z[p].resize(x.T, parts[p].factors->right->rows);
+      first[p + 1] = first[p] + (own ? (z[p].width + kRowsOfTask - 1) / kRowsOfTask : 0);
+    }
+    const bool fixed = is_finite(x);
+    team.each(first[count], [&](std::int64_t task) {
+      int p = 0;
+      while (task >= first[p + 1]) ++p;
+      const std::int64_t row = (task - first[p]) * kRowsOfTask;
+      multiply(*parts[p].factors->right, x, fixed, row, std::min(kRowsOfTask, z[p].width - row), Low{}, nullptr, z[p].rows,
+               z[p].blocks * kPanelGroup);
+    });
+    team.each(x.T, [&](std::int64_t t) {
+      for (int p = 0; p < count; ++p) {
+        if (first[p + 1] > first[p]) finish_row(z[p], t);
+      }
+    });
+  }
+
+  // Pivoted layers: each output from where its place is, and the layer's term and bias.
+  void scatter(Team::Member& team, const lt_linear* parts, int count, float* to, std::int64_t ld) const {
+    team.each(x.T, [&](std::int64_t t) {
+      std::int64_t column = 0, low = 0;
+      for (int p = 0; p < count; ++p) {
+        const lt_linear& part = parts[p];
+        const std::int64_t outputs = rows_of(part), r = part.rank;
+        if (part.factors != nullptr && part.factors->places != nullptr) {
+          const Input& in = z[shared(parts, p)];
+          const float *pivots = in.row(t), *others = product + t * ld + column, *term = inner_rows + low + t * r;
+          for (std::int64_t o = 0; o < outputs; ++o) {
+            const std::int64_t place = part.factors->places[o];
+            float sum = place < in.width ? pivots[place] : others[place - in.width];
+            for (std::int64_t i = 0; i < r; ++i) sum += part.B[o * r + i] * term[i];
+            to[t * ld + column + o] = sum + (part.bias == nullptr ? 0.0f : part.bias[o]);
+          }
+        }
+        column += outputs;
+        low += x.T * up(r, kPanelGroup);
       }
     });
   }
@@ -285,15 +400,27 @@ class Step {
   const ElementwiseTable& k = table(elementwise_tables);
   const FewTable& few = table(few_tables);
   const DecodeTable& kernels = table(decode_tables);
-  Input x{};
-  float *qkv, *gated, *y, *u, *inner, *inner_rows;
+  Input x{}, z[kMostParts]{};
+  float *qkv, *gated, *y, *u, *inner, *inner_rows, *product = nullptr;
 };
 
 // ---- What is asked of the structures before anything is read through them.
 
+bool factors_fit(const lt_linear& part, std::int64_t cols) {
+  const lt_factors& f = *part.factors;
+  if (!fits(f.right) || !fits(f.left) || f.right->transposed || f.left->transposed) return false;
+  if (f.right->cols != cols || f.left->cols != f.right->rows) return false;
+  if (f.places == nullptr) return part.matrix == nullptr || part.matrix->rows == f.left->rows;
+  const std::int64_t limit = f.right->rows + f.left->rows;
+  return part.matrix == nullptr && f.outputs >= f.left->rows &&
+         std::all_of(f.places, f.places + f.outputs, [&](std::int32_t place) { return place >= 0 && place < limit; });
+}
+
 bool linear_fits(const lt_linear& part, std::int64_t rows, std::int64_t cols) {
-  if (!fits(part.matrix) || part.matrix->transposed || part.matrix->cols != cols) return false;
-  if (rows > 0 && part.matrix->rows != rows) return false;
+  if (part.matrix == nullptr && part.factors == nullptr) return false;
+  if (part.matrix != nullptr && (!fits(part.matrix) || part.matrix->transposed || part.matrix->cols != cols)) return false;
+  if (part.factors != nullptr && !factors_fit(part, cols)) return false;
+  if (rows > 0 && rows_of(part) != rows) return false;
   return part.rank == 0 || (part.rank > 0 && !lt_missing(part.A, part.B));
 }
 
@@ -305,7 +432,7 @@ bool layer_fits(const lt_decoder& d, const lt_decoder_layer& layer, const lt_ste
   if (!linear_fits(own[0], three ? q : q + 2 * kv, d.hidden)) return false;
   if (three && !(linear_fits(own[1], kv, d.hidden) && linear_fits(own[2], kv, d.hidden))) return false;
   if (layer.gate_count < 1 || layer.gate_count > 2 || !linear_fits(layer.gates[0], 0, d.hidden)) return false;
-  const std::int64_t both = layer.gates[0].matrix->rows * layer.gate_count;
+  const std::int64_t both = rows_of(layer.gates[0]) * layer.gate_count;
   if (layer.gate_count == 2 && !linear_fits(layer.gates[1], both / 2, d.hidden)) return false;
   if (both % 2 != 0 || (layer.gate != kSilu && layer.gate != kGeluTanh)) return false;
   if (!linear_fits(layer.output, d.hidden, q) || !linear_fits(layer.down, d.hidden, both / 2)) return false;
@@ -336,7 +463,7 @@ bool step_fits(const lt_decoder* d, const lt_step* s) {
   if (lt_missing(d, s) || d->layer_count < 1 || d->layers == nullptr || d->norm.weight == nullptr) return false;
   if (d->hidden < 1 || d->size < 2 || d->kv_heads < 1 || d->heads < 1 || d->heads % d->kv_heads != 0) return false;
   if (!tokens_fit(*d, *s)) return false;
-  if (s->logits != nullptr && !linear_fits(d->head, 0, d->hidden)) return false;
+  if (s->logits != nullptr && (d->head.factors != nullptr || !linear_fits(d->head, 0, d->hidden))) return false;
   return std::all_of(d->layers, d->layers + d->layer_count, [&](const auto& layer) { return layer_fits(*d, layer, *s); });
 }
 

@@ -10,7 +10,8 @@ struct lt_norm {
   float eps, plus;
 };
 
-// A decoder layer. Of the linear layers matrix, bias, A, B, rank and scaling are read; no dense matrix lies transposed.
+// A decoder layer. Of the linear layers matrix, factors, bias, A, B, rank and scaling are read; no dense matrix lies
+// transposed.
 struct lt_decoder_layer {
   lt_norm norm, query_norm, key_norm, attention_post, mlp_norm, mlp_post;
   lt_linear projections[3];  // q, k, v, or the one that gives all three side by side

@@ -27,6 +27,14 @@ struct lt_matrix {
   float offset;
 };
 
+// W = L R beside or in place of a stored matrix: y += (x R^T) L^T. right: (rank, cols), left: (rows, rank). With places, of
+// each output: column places[o] of x R^T where that is below the rank, else column places[o] - rank of (x R^T) L^T.
+struct lt_factors {
+  const lt_matrix *right, *left;
+  const std::int32_t* places;  // (outputs,), or null
+  std::int64_t outputs;        // with places
+};
+
 // One layer of a group: y = x W^T + bias + scaling (x A^T) B^T. All float32, contiguous; absent parts are null, rank 0.
 // A: (rank, cols), B: (rows, rank), y and dy: (T, rows), u = x A^T and v = dy B: (T, rank).
 struct lt_linear {
@@ -37,6 +45,7 @@ struct lt_linear {
   float *y, *u;
   const float* dy;
   float* v;
+  const lt_factors* factors;  // read by the decoder alone, where matrix may then be null
 };
 
 namespace lt {

@@ -28,7 +28,7 @@ bool fits(const lt_matrix* m) {
 bool fit(const lt_linear* parts, int count, bool forward) {
   for (int p = 0; p < count; ++p) {
     const lt_linear& part = parts[p];
-    if (!fits(part.matrix) || part.matrix->cols != parts[0].matrix->cols) return false;
+    if (!fits(part.matrix) || part.factors != nullptr || part.matrix->cols != parts[0].matrix->cols) return false;
     if ((forward ? part.y : part.dy) == nullptr || !has_term(part, forward ? part.u : part.v)) return false;
   }
   return count >= 1;

@@ -1,6 +1,7 @@
 """A half out of its parts, each with its own backward: for linear layers that compute more than one product.
 
-DoRA, dropout inside a term, weights that train: the layers' own modules are called, with the kernels between them.
+Matrices in two factors, DoRA, dropout inside a term, weights that train: the layers' own modules are called, with the
+kernels between them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from luthier.kernels.attention import packed_attention
 from luthier.kernels.elementwise import geglu, swiglu
 from luthier.kernels.elementwise_ops import rotary_op
+from luthier.linear import outputs_of
 from luthier.models.blocks.description import AttentionHalf, MlpHalf
 from luthier.models.blocks.tokens import Tables, Tokens
 
@@ -22,7 +24,7 @@ from luthier.models.blocks.tokens import Tables, Tokens
 def composed_attention(x: Tensor, half: AttentionHalf, tokens: Tokens, tables: Tables, rows: Tensor | None) -> Tensor:
     """What `fused_attention` computes, for any linear layers and norms that train."""
     normed = half.norm(x)
-    outputs = [layer(normed) for layer in half.projections]
+    outputs = outputs_of(half.projections, normed)
     if len(outputs) == 1:
         widths = [half.heads * half.head_size, half.kv_heads * half.head_size, half.kv_heads * half.head_size]
         outputs = list(outputs[0].split(widths, 1))
@@ -40,7 +42,7 @@ def composed_attention(x: Tensor, half: AttentionHalf, tokens: Tokens, tables: T
 def composed_mlp(x: Tensor, half: MlpHalf) -> Tensor:
     """What `fused_mlp` computes, for any linear layers and norms that train."""
     normed = half.norm(x)
-    outputs = [layer(normed) for layer in half.projections]
+    outputs = outputs_of(half.projections, normed)
     gate, up = outputs if len(outputs) == 2 else outputs[0].chunk(2, 1)
     y = half.down((swiglu if half.gate == 0 else geglu)(gate, up))
     return x + (y if half.post_norm is None else half.post_norm(y))

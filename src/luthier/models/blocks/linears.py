@@ -11,6 +11,7 @@ from torch import Tensor
 from luthier import kernels
 from luthier.kernels.linear_ops import backward_input_op, column_sums, factor_product, flatten, forward_op, outer_op
 from luthier.linear import LowRankLinear, enabled_terms, joined
+from luthier.matrices import FactoredMatrix
 
 Small = Sequence[Tensor | None]
 
@@ -76,6 +77,8 @@ def is_one_product(layer: object) -> bool:
     """Whether x W^T + bias + terms is all the layer computes, W frozen and in the CPU's memory."""
     if type(layer) is not LowRankLinear or layer.weight.requires_grad or layer.weight.device.type != "cpu":
         return False
+    if isinstance(layer.matrix, FactoredMatrix):
+        return False
     return all(term.is_fused and not term.lora_A.is_meta for term in enabled_terms(layer))
 
 
@@ -86,4 +89,5 @@ def _part(layer: LowRankLinear) -> kernels.Part:
     term = joined(terms)
     if term is not None and not (term.A.is_contiguous() and term.B.is_contiguous()):
         term = kernels.Term(term.A.contiguous(), term.B.contiguous(), term.scaling)
+    assert not isinstance(layer.matrix, FactoredMatrix)
     return kernels.Part(layer.matrix.storage(), bias, term)
