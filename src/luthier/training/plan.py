@@ -24,6 +24,8 @@ from luthier.training.depth import Frozen, frozen_layers, refuse_cache, refuse_e
 from luthier.training.events import Listener
 from luthier.training.footprint import FLOAT_BYTES, Footprint, Memory
 from luthier.training.frozen_cache import held_bytes
+from luthier.training.initial import NEEDS_ORIGINALS
+from luthier.training.initial_costs import InitialCosts, initial_costs
 from luthier.training.memory import available_bytes, rss_bytes
 from luthier.training.prepare import (
     RunData,
@@ -58,6 +60,7 @@ class Plan:
     peak_flops: of this machine; efficiency: the share of it that a step reaches, None without the native kernels.
     frozen_layers: those below the lowest that trains. frozen_cache_bytes: what cache_frozen keeps of them on disk, 0 without
     it, when frozen_seconds pass before the first step and frozen_share is the part of a step's time that is saved.
+    init: what terms start from, made in initial_seconds; moments_bytes: what second moments may hold while it is made.
     suggestions: where the run does not fit, settings with which it does.
     """
 
@@ -84,6 +87,9 @@ class Plan:
     frozen_cache_bytes: int = 0
     frozen_seconds: float = 0.0
     frozen_share: float = 0.0
+    init: str = "default"
+    initial_seconds: float = 0.0
+    moments_bytes: int = 0
     suggestions: list[str] = field(default_factory=list)
 
     @property
@@ -92,7 +98,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        return self.frozen_seconds + self.total_steps * self.seconds_per_step
+        return self.frozen_seconds + self.initial_seconds + self.total_steps * self.seconds_per_step
 
     @property
     def fits(self) -> bool:
@@ -172,7 +178,9 @@ def make_plan(config: RunConfig, data: RunData, listener: Listener) -> Plan:
         if shares_prefixes(sample.model):
             load = workload(config, data.train.examples, share=True)
         costs = measure_bytes(sample, MEMORY_TOKENS, load.usual_length)
-        memory = Memory(_runtime_bytes(sample), blueprint, costs, trained, config.method == "full", frozen.layers)
+        initial = _initial(blueprint, config, targets)
+        full = config.method == "full"
+        memory = Memory(_runtime_bytes(sample), blueprint, costs, trained, full, frozen.layers, initial)
         planner = Planner(config, load, memory, allowed_bytes(config), frozen)
         cut, fits = planner.cut()
         set_freed_memory_kept(cut.keeps_freed)
@@ -226,6 +234,16 @@ def _frozen(blueprint: Blueprint, config: RunConfig, targets: list[str], data: R
     if config.cache_frozen:
         refuse_cache(layers, total_examples(config, len(rows)), len(rows))
     return Frozen(layers, config.cache_frozen, sum(rows), blueprint.hidden_size)
+
+
+def _initial(blueprint: Blueprint, config: RunConfig, targets: list[str]) -> InitialCosts:
+    """What making the terms' start takes; init loftq and qera are for the targets in nf4 alone."""
+    layers, spec = low_rank_layers(blueprint.skeleton), adapter_spec(config) if config.method != "full" else AdapterSpec()
+    linear = [name for name in targets if not isinstance(layers[name], LowRankEmbedding)]
+    if config.init in NEEDS_ORIGINALS:
+        linear = [name for name in linear if blueprint.storages.get(f"{name}.weight") == "nf4"]
+    shapes = {name: layers[name].matrix.shape for name in linear}
+    return initial_costs(config, shapes, sum(spec.rank_of(name) * sum(shapes[name]) for name in linear))
 
 
 def _term_numbers(skeleton: nn.Module, spec: AdapterSpec, target: str) -> int:
@@ -317,6 +335,9 @@ class Planner:
             frozen_cache_bytes=self.frozen.cache_bytes,
             frozen_seconds=kept * self.frozen.tokens / self.load.tokens_per_step,
             frozen_share=kept / (seconds + kept) if kept else 0.0,
+            init=self.config.init,
+            initial_seconds=self._initial_seconds(cut, times),
+            moments_bytes=self._moments_bytes(cut),
         )
 
     def frozen_seconds_per_step(self, cut: Cut, times: TimeCosts) -> float:
@@ -334,6 +355,17 @@ class Planner:
             layers += self.frozen_seconds_per_step(cut, times)
         return layers + self.load.supervised_per_step * times.head + times.optimizer
 
+    def _initial_seconds(self, cut: Cut, times: TimeCosts) -> float:
+        """Decompositions, and the pass that measures inputs, whose products cost about as much as the layers' own."""
+        initial, packing = self.memory.initial, self.load.packing(cut.tokens)
+        usual = packing.tokens / packing.packs
+        return initial.seconds + 2 * self.layers * times.forward.at(usual) * initial.tokens / usual
+
+    def _moments_bytes(self, cut: Cut) -> int:
+        """What second moments may hold: as much as lets the run's highest point stay where it is, or the least there is."""
+        footprint = self.footprint(cut)
+        return self.memory.initial.moments_bytes + footprint.peak_bytes - footprint.initial_bytes
+
     def flops_per_step(self, cut: Cut, times: TimeCosts) -> float:
         """Products with frozen weights, forward and backward once each, for the tokens that are computed. Layers below the
         lowest that trains go forward only, or not at all where what they give is kept."""
@@ -345,7 +377,8 @@ class Planner:
         """Checkpoints, one more than is kept while a new one is written, the result, and what cache_frozen keeps."""
         weights = self.memory.trained * FLOAT_BYTES
         kept = max(0, self.frozen.cache_bytes - held_bytes(Path(self.config.out or ".") / FROZEN))
-        return (self.config.keep_checkpoints + 1) * 3 * weights + weights + RUN_FILES_BYTES + kept
+        initial = (self.memory.initial.kept + self.memory.initial.frozen) * FLOAT_BYTES
+        return (self.config.keep_checkpoints + 1) * 3 * weights + weights + initial + RUN_FILES_BYTES + kept
 
     def suggestions(self) -> list[str]:
         """Settings close to the configuration's with which the run fits, as flags."""
