@@ -36,8 +36,8 @@ def make_start(
     """The factors that `config.init` asks for; None with init default. Deterministic: nothing is drawn at random.
 
     path: where the model was loaded from; rows: the training rows, of which eva and qera take some; moments_bytes: what their
-    second moments may hold at once. Layers for which the init has nothing, embeddings and layers that are not quantised, are
-    named in a note and begin as by default. Raises ConfigError where it has nothing for any.
+    second moments may hold at once. Layers for which the init has nothing (embeddings, layers that are not quantised or lost
+    nothing by it) are named in a note and begin as by default. Raises ConfigError where it has nothing for any.
     """
     if config.init == "default":
         return None
@@ -47,8 +47,7 @@ def make_start(
     originals = Originals(path) if config.init in NEEDS_ORIGINALS else None
     if originals is not None:
         linear = {name: layer for name, layer in linear.items() if _is_quantised_here(layer, originals.kind(name))}
-    _say_left_out(config, [name for name in targets if name not in linear], bool(linear), listener)
-
+    _refuse_nothing(config, bool(linear))
     scaled: dict[str, tuple[Tensor, Tensor]] = {}
     directions = _Directions()
     for number, (name, second) in enumerate(_in_turn(model, config, list(linear), rows, moments_bytes, listener)):
@@ -61,8 +60,12 @@ def make_start(
             A, B = _factors(matrix.dequantize(), None if originals is None else originals.weight(name), second, rank)
         if not bool(A.isfinite().all() and B.isfinite().all()):
             raise NumericError(f"the factors that terms start from must be finite; those of {name} are not. Use init default.")
+        if not bool(A.any()):  # A = B = 0 would never train
+            continue
         root = 1.0 if config.init == "eva" else spec.scaling_of(name) ** 0.5
         scaled[name] = (A / root, B / root)
+    _refuse_nothing(config, bool(scaled))
+    _say_left_out(config, [name for name in targets if name not in scaled], listener)
     return Start(scaled, taken_off=config.init in TAKES_OFF)
 
 
@@ -109,13 +112,16 @@ def _is_quantised_here(layer: LowRankLinear, kind: str) -> bool:
     return isinstance(layer.matrix, NF4Matrix | GGUFMatrix) and layer.matrix.kind != kind
 
 
-def _say_left_out(config: RunConfig, left_out: list[str], any_left: bool, listener: Listener) -> None:
+def _refuse_nothing(config: RunConfig, any_left: bool) -> None:
     if not any_left:
         what = "layers that are quantized while loading" if config.init in NEEDS_ORIGINALS else "linear layers"
         raise ConfigError(
             f"init {config.init} is for {what}; none of the adapter's targets is one in {config.model}. "
             "Use init default, or a model that is not quantized yet."
         )
+
+
+def _say_left_out(config: RunConfig, left_out: list[str], listener: Listener) -> None:
     if left_out:
         named = ", ".join(left_out[:3]) + (f" and {len(left_out) - 3} more" if len(left_out) > 3 else "")
         listener.note(f"init {config.init} has nothing for {named}: they begin as by default.")

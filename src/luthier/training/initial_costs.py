@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from luthier.adapters.targets import low_rank_layers
 from luthier.config import RunConfig
-from luthier.training.initial import NEEDS_ROWS, TAKES_OFF
+from luthier.linear import LowRankEmbedding
+from luthier.training.blueprint import Blueprint
+from luthier.training.initial import NEEDS_ORIGINALS, NEEDS_ROWS, TAKES_OFF
+from luthier.training.prepare import adapter_spec
 
 FLOAT_BYTES, DOUBLE_BYTES = 4, 8
 # Float64 copies of the largest matrix, and of a square of its longer side, while it is decomposed; counted, and rounded up.
@@ -32,14 +36,22 @@ class InitialCosts:
     tokens: int = 0
 
 
-def initial_costs(config: RunConfig, shapes: Mapping[str, tuple[int, int]], numbers: int) -> InitialCosts:
-    """shapes: (out_features, in_features) of each linear target; numbers: of A and B over all of them.
+def initial_costs(blueprint: Blueprint, config: RunConfig, targets: Sequence[str]) -> InitialCosts:
+    """What making the terms' start takes; loftq and qera are for the targets in nf4 alone. targets: names of layers.
 
     Decompositions are taken to cost 2 `eigh` of the matrix's longer side, 1 where it is pissa's or loftq's shorter one,
     each n^3 times what a small one is measured to.
     """
-    if config.init == "default" or not shapes:
+    if config.init == "default":
         return InitialCosts()
+    layers, spec = low_rank_layers(blueprint.skeleton), adapter_spec(config)
+    linear = [name for name in targets if not isinstance(layers[name], LowRankEmbedding)]
+    if config.init in NEEDS_ORIGINALS:
+        linear = [name for name in linear if blueprint.storages.get(f"{name}.weight") == "nf4"]
+    if not linear:
+        return InitialCosts()
+    shapes = {name: layers[name].matrix.shape for name in linear}
+    numbers = sum(spec.rank_of(name) * sum(shapes[name]) for name in linear)
     largest, longest = max(rows * columns for rows, columns in shapes.values()), max(map(max, shapes.values()))
     measures = config.init in NEEDS_ROWS
     cubes = sum(2 * max(shape) ** 3 if measures else min(shape) ** 3 for shape in shapes.values())

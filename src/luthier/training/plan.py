@@ -24,8 +24,7 @@ from luthier.training.depth import Frozen, frozen_layers, refuse_cache, refuse_e
 from luthier.training.events import Listener
 from luthier.training.footprint import FLOAT_BYTES, Footprint, Memory
 from luthier.training.frozen_cache import held_bytes
-from luthier.training.initial import NEEDS_ORIGINALS
-from luthier.training.initial_costs import InitialCosts, initial_costs
+from luthier.training.initial_costs import initial_costs
 from luthier.training.memory import available_bytes, rss_bytes
 from luthier.training.prepare import (
     RunData,
@@ -178,7 +177,7 @@ def make_plan(config: RunConfig, data: RunData, listener: Listener) -> Plan:
         if shares_prefixes(sample.model):
             load = workload(config, data.train.examples, share=True)
         costs = measure_bytes(sample, MEMORY_TOKENS, load.usual_length)
-        initial = _initial(blueprint, config, targets)
+        initial = initial_costs(blueprint, config, targets)
         full = config.method == "full"
         memory = Memory(_runtime_bytes(sample), blueprint, costs, trained, full, frozen.layers, initial)
         planner = Planner(config, load, memory, allowed_bytes(config), frozen)
@@ -234,16 +233,6 @@ def _frozen(blueprint: Blueprint, config: RunConfig, targets: list[str], data: R
     if config.cache_frozen:
         refuse_cache(layers, total_examples(config, len(rows)), len(rows))
     return Frozen(layers, config.cache_frozen, sum(rows), blueprint.hidden_size)
-
-
-def _initial(blueprint: Blueprint, config: RunConfig, targets: list[str]) -> InitialCosts:
-    """What making the terms' start takes; init loftq and qera are for the targets in nf4 alone."""
-    layers, spec = low_rank_layers(blueprint.skeleton), adapter_spec(config) if config.method != "full" else AdapterSpec()
-    linear = [name for name in targets if not isinstance(layers[name], LowRankEmbedding)]
-    if config.init in NEEDS_ORIGINALS:
-        linear = [name for name in linear if blueprint.storages.get(f"{name}.weight") == "nf4"]
-    shapes = {name: layers[name].matrix.shape for name in linear}
-    return initial_costs(config, shapes, sum(spec.rank_of(name) * sum(shapes[name]) for name in linear))
 
 
 def _term_numbers(skeleton: nn.Module, spec: AdapterSpec, target: str) -> int:
