@@ -249,7 +249,7 @@ def _figures(planner: Planner, cut: Cut, times: TimeCosts) -> Plan:
 
 
 def _disk_bytes(planner: Planner) -> int:
-    """Checkpoints, one more than is kept while a new one is written, the result, the terms' start and what cache_frozen keeps."""
+    """Checkpoints, one more than is kept while a new one is written, the result, the start, and what cache_frozen keeps."""
     weights = planner.memory.trained * FLOAT_BYTES
     kept = max(0, planner.frozen.cache_bytes - held_bytes(Path(planner.config.out or ".") / FROZEN))
     initial = (planner.memory.initial.kept + planner.memory.initial.frozen) * FLOAT_BYTES
