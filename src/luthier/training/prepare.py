@@ -21,6 +21,7 @@ from luthier.models.smollm2 import HUB_NAME
 from luthier.models.source import ModelSource
 from luthier.training.depth import frozen_layers, refuse_cache, refuse_entry
 from luthier.training.events import Listener
+from luthier.training.optimizer import device_of
 from luthier.training.schedule import (
     CHECKPOINTS_A_RUN,
     DEFAULT_EPOCHS,
@@ -146,6 +147,7 @@ def read_model(
     prepared = RunModel(model, loaded.tokenizer, config, schedule, _base_name(loaded.source), base)
     for note in _make_trainable(model, config):
         listener.note(note)
+    model.to(device_of(config))  # what the adapter begins with was drawn on the CPU, and is the same everywhere
     prepared.trainable = trainable_parameters(model)
     if config.cache_frozen:
         rows = len(data.train.examples)
