@@ -107,7 +107,7 @@ class RunConfig(BaseModel):
         False, description="keep what goes into the lowest trained layer on disk, so that the layers below it run once a row"
     )
     warmup_ratio: float = Field(0.05, ge=0, le=1)
-    optimizer: Literal["adamw", "paged_adamw"] = Field("adamw", description="paged_adamw: bitsandbytes' own, on CUDA only")
+    optimizer: Literal["adamw", "paged_adamw"] = Field("adamw", description="paged_adamw: bitsandbytes' own, on CUDA")
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: float = Field(0.0, ge=0)
     beta1: float = Field(0.9, ge=0, lt=1)

@@ -238,6 +238,37 @@ def test_weights_that_give_nan_are_a_numeric_error(capsys, tmp_path: Path, folde
     assert "must be finite" in err
 
 
+def test_rows_are_rendered_once(capsys, tiny_llama: Path, folder: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+    arguments = [
+        "eval",
+        tiny_llama,
+        "--data",
+        folder / "labels.jsonl",
+        "--metrics",
+        "loss,bleu",
+        "--max-new-tokens",
+        2,
+        "--json",
+    ]
+    code, plain, err = invoke(capsys, *arguments, "--no-data-cache")
+    assert code == 0, err
+    assert list(tmp_path.glob("cache/rows/*")) == []
+    code, first, err = invoke(capsys, *arguments)
+    assert code == 0, err
+    monkeypatch.setattr("luthier.data.load.render_source", lambda *_: pytest.fail("rendered again"))
+    code, second, err = invoke(capsys, *arguments)
+    assert code == 0, err
+    assert last_json(first)["metrics"] == last_json(second)["metrics"] == last_json(plain)["metrics"]
+    (kept,) = tmp_path.glob("cache/rows/*")
+    kept.write_bytes(b"damaged")
+    monkeypatch.undo()
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+    code, again, err = invoke(capsys, *arguments)
+    assert (code, last_json(again)["metrics"]) == (0, last_json(first)["metrics"])
+    assert "note: rows kept in the cache were damaged" in err
+
+
 def test_rows_that_the_run_was_trained_on_are_counted(capsys, tiny_llama: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
     rows = [json.dumps({"prompt": f"say {n}", "completion": str(n)}) for n in range(6)]

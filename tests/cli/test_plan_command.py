@@ -41,7 +41,18 @@ def test_json_has_what_scripts_need(line: list[str], capsys: pytest.CaptureFixtu
 def test_table_names_every_part(line: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = invoke(capsys, *line)
     assert code == 0
-    for part in ("program", "base weights", "adapter", "gradients", "optimiser", "activations", "head", "a step", "disk"):
+    for part in (
+        "program",
+        "base weights",
+        "adapter",
+        "gradients",
+        "optimiser",
+        "activations",
+        "head",
+        "loading",
+        "a step",
+        "disk",
+    ):
         assert part in out
     assert "It fits." in out
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow
@@ -11,7 +12,7 @@ import pyarrow.parquet
 import pytest
 from tiny import tiny_tokenizer
 
-from luthier.data import Renderer, load_examples
+from luthier.data import Dataset, Renderer, RowCache, load_examples
 from luthier.data.problems import Problems
 from luthier.data.read import open_source, read_rows
 from luthier.errors import DataError
@@ -309,6 +310,33 @@ def test_a_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     with pytest.raises(DataError, match="^" + re.escape(expected) + "$"):
         list(read_rows(open_source("some/missing"), Problems()))
+
+
+def test_a_hub_data_set_is_walked_no_more_often_than_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path))
+    walks = []
+
+    class Rows(list):
+        def __iter__(self) -> Iterator[dict]:
+            walks.append(1)
+            return super().__iter__()
+
+    class Datasets:
+        @staticmethod
+        def load_dataset(name: str, split: str) -> Rows:
+            return Rows({"text": f"{name} {split} {number}"} for number in range(3))
+
+    monkeypatch.setitem(__import__("sys").modules, "datasets", Datasets)
+
+    def load(cache: RowCache | None) -> tuple[int, Dataset]:
+        walks.clear()
+        dataset = load_examples("some/name", Renderer(tiny_tokenizer(), max_length=50), cache=cache)
+        return len(walks), dataset
+
+    # Rendered as it is hashed; hashed for the cache's key, then rendered; hashed alone.
+    found = [load(None), load(RowCache([].append)), load(RowCache([].append))]
+    assert [(count, dataset.manifest["cache"]) for count, dataset in found] == [(1, "off"), (2, "made"), (1, "used")]
+    assert len({dataset.manifest["sha256"] for _, dataset in found}) == 1
 
 
 @pytest.mark.parametrize("split", ["train[:10%]", "train[10:20]+test[-5%:]"])

@@ -7,6 +7,8 @@ import gc
 import json
 import logging
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -96,12 +98,31 @@ def test_padded_batches(folders: dict[str, Path], family: str) -> None:
     assert_same(adapted(folders[family]), padded())
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_layers_that_are_recomputed(folders: dict[str, Path], family: str) -> None:
+def test_layers_that_are_recomputed(folders: dict[str, Path], family: str, reentrant: bool) -> None:
     model = adapted(folders[family])
-    model.enable_input_require_grads()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
     assert_same(model, padded())
+
+
+def test_layers_are_recomputed_as_transformers_was_told(folders: dict[str, Path]) -> None:
+    """The options, here a context around each second pass, and every second layer alone."""
+    model, entered = adapted(folders["llama"]), []
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        entered.append(1)
+        yield
+
+    options = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), again())}
+    for every, layers in ((1, 2), (2, 1)):
+        model.activation_checkpointing_enable(options, every_n_layers=every)
+        entered.clear()
+        before = calls()
+        loss_and_gradients(model, padded())
+        assert calls() > before
+        assert len(entered) == layers
 
 
 @pytest.mark.parametrize("base", ["nf4", "bf16"])

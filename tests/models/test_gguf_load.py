@@ -173,6 +173,14 @@ def test_base_converts(tmp_path: Path, base: str) -> None:
         assert torch.equal(value, exact.model.state_dict()[name].to(value.dtype)), name
 
 
+@pytest.mark.parametrize("base", ["f32", "f16", "nf4"])
+def test_blocks_are_converted_by_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str) -> None:
+    """gguf.quants holds several temporaries of a tensor's size in float32 beside it."""
+    path = write_gguf(tmp_path / "tiny.gguf", random_model("llama"), "llama", Kind.Q8_0)
+    monkeypatch.setattr("luthier.models.gguf_checkpoint.dequantize", lambda *_: pytest.fail("read by gguf.quants"))
+    load(str(path), base=base)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_every_block_type_dequantizes_as_gguf_does(tmp_path: Path, kind: Kind) -> None:
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]

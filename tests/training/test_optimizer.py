@@ -9,8 +9,11 @@ import torch
 from torch import nn
 
 from luthier.config import RunConfig
-from luthier.errors import CheckpointError
-from luthier.training.optimizer import Optimizer, flushed_denormals
+from luthier.errors import CheckpointError, ConfigError
+from luthier.training import optimizer as optimizer_module
+from luthier.training.optimizer import Optimizer, check_optimizer, device_of, flushed_denormals
+
+PAGED = RunConfig(data="a", optimizer="paged_adamw", weight_decay=0.1)
 
 
 def parameters(seed: int = 0) -> list[tuple[str, nn.Parameter]]:
@@ -101,3 +104,44 @@ def test_denormals_are_flushed_inside_and_kept_outside() -> None:
     with flushed_denormals() as supported:
         assert supported == (not bool((tiny * 1.0).any()))
     assert bool((tiny * 1.0).all())
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_the_paged_optimizer_takes_the_same_steps_and_goes_on_from_its_state() -> None:
+    """bitsandbytes' version for the CPU, which pages nothing, has the same states and the same arithmetic."""
+    pytest.importorskip("bitsandbytes")
+    ours, theirs, resumed = parameters(), parameters(), parameters()
+    one, two = Optimizer(ours, PAGED.model_copy(update={"optimizer": "adamw"})), Optimizer(theirs, PAGED)
+    for step in range(4):
+        for optimizer, named in ((one, ours), (two, theirs)):
+            set_gradients(named, step)
+            assert optimizer.clip() > 0
+            optimizer.step(0.05)
+            optimizer.zero_grad()
+    for (_, a), (_, b) in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    state = two.state()
+    assert state.keys() == one.state().keys()
+    assert float(state["matrix.step"]) == 4
+    torch.testing.assert_close(state["matrix.exp_avg"], one.state()["matrix.exp_avg"], rtol=1e-5, atol=1e-7)
+    three = Optimizer(resumed, PAGED)
+    with torch.no_grad():
+        for (_, target), (_, source) in zip(resumed, theirs, strict=True):
+            target.copy_(source)
+    three.load_state({name: tensor.clone() for name, tensor in state.items()})
+    for optimizer, named in ((two, theirs), (three, resumed)):
+        set_gradients(named, 9)
+        optimizer.step(0.05)
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(theirs, resumed, strict=True))
+
+
+def test_the_paged_optimizer_needs_a_gpu_and_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_optimizer(RunConfig(data="a"))
+    assert (device_of(RunConfig(data="a")), device_of(PAGED)) == ("cpu", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"so it needs CUDA; there is none here\. Use --optimizer adamw\."):
+        check_optimizer(PAGED)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(optimizer_module.importlib.util, "find_spec", lambda _name: None)
+    with pytest.raises(ConfigError, match=r"bitsandbytes' own, which is not installed\. Run `pip install bitsandbytes`\."):
+        check_optimizer(PAGED)

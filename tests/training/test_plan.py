@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Kind
+from gguf_tiny import random_model, write_gguf
+from safetensors.torch import load_file
 from tiny import FAMILIES, write_tiny
 from tiny_runs import tiny_config, write_rows
 
@@ -19,6 +22,7 @@ from luthier.data import Example
 from luthier.data.packing import pack_examples
 from luthier.errors import ConfigError, DataError, PreflightError
 from luthier.matrices import MATRICES
+from luthier.models.load import load
 from luthier.training import plan as planning
 from luthier.training import planner as planner_module
 from luthier.training.blueprint import read_blueprint, stored_bytes
@@ -237,6 +241,31 @@ def test_a_row_beyond_the_vocabulary_is_found_without_the_weights(tiny_llama: Pa
     data.train.examples[3].ids[0] = 512
     with pytest.raises(PreflightError, match="token ids must be below the model's vocabulary of 512"):
         planning.make_plan(config, data, Listener())
+
+
+def test_disk_counts_the_quantized_weights_that_will_be_kept(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+    plain = settings(tiny_llama, tmp_path, {"method": "qlora"})
+    keeps = plain.model_copy(update={"cache_quantized": True})
+    before = [plan_run(config, Listener()).disk_bytes for config in (plain, keeps)]
+    load(str(tiny_llama), base="nf4", nf4=keeps.nf4_options)
+    (kept,) = (tmp_path / "cache" / "nf4").glob("*/model.safetensors")
+    quantized = sum(tensor.nbytes for name, tensor in load_file(kept).items() if "quant_state" not in name)
+    assert before[1] - before[0] == quantized
+    assert plan_run(keeps, Listener()).disk_bytes == before[0]
+
+
+@pytest.mark.parametrize(("base", "loading"), [("asis", 0), ("bf16", 512 * 64 * 4), ("nf4", 96 * 64 * 4)])
+def test_blocks_stand_in_float32_while_they_are_converted(tmp_path: Path, base: str, loading: int) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", random_model("llama"), "llama", Kind.Q8_0)
+    assert read_blueprint(settings(path, tmp_path, {"base": base}), Listener()).loading_bytes == loading
+
+
+def test_an_optimizer_that_cannot_run_here_is_refused_as_train_does(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"paged_adamw .* needs CUDA; there is none here"):
+        plan_run(settings(tiny_llama, tmp_path, {"optimizer": "paged_adamw"}), Listener())
 
 
 def test_all_rows_too_long_is_told_by_the_plan(tiny_llama: Path, tmp_path: Path) -> None:

@@ -421,3 +421,18 @@ def test_a_run_does_not_write_where_it_reads(tmp_path: Path, tiny_llama: Path) -
     with pytest.raises(ConfigError, match=r"a run must not write where it reads; data .*train\.jsonl lies in .*run"):
         train(config.model_copy(update={"data": str(data), "out": str(out)}), overwrite=True)
     assert data.is_file()
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_a_run_with_the_paged_optimizer_is_moved_and_learns_the_same(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the CPU in the place of the GPU: bitsandbytes has a version for it that pages nothing."""
+    pytest.importorskip("bitsandbytes")
+    plain = train(tiny_config(tiny_llama, tmp_path, out=str(tmp_path / "plain"), steps=4))
+    monkeypatch.setattr("luthier.training.run.check_optimizer", lambda _config: None)
+    moved: list[str] = []
+    monkeypatch.setattr("luthier.training.prepare.device_of", lambda config: moved.append(config.optimizer) or "cpu")
+    paged = train(tiny_config(tiny_llama, tmp_path, out=str(tmp_path / "paged"), steps=4, optimizer="paged_adamw"))
+    assert moved == ["paged_adamw"]
+    assert paged.loss_last == pytest.approx(plain.loss_last, rel=1e-3)

@@ -42,6 +42,7 @@ class Request:
     on_long: Literal["error", "drop", "truncate"]
     max_new_tokens: int
     rows: int | None
+    data_cache: bool
     offline: bool
 
 
@@ -67,13 +68,14 @@ def compare(request: Request, progress: Progress) -> Comparison:
     if request.vs_base and loaded.adapter is None and loaded.run_dir is None:
         flag = "--guard" if request.guards else "--vs-base"
         raise ConfigError(f"{flag} compares a tuned model with its base; {request.target} is not tuned. Add --adapter DIR.")
-    view = _view(loaded, request)
-    sets = _load_sets(files, loaded, view, request)
+    view, notes = _view(loaded, request), list(loaded.notes)
+    sets = _load_sets(files, loaded, view, request, notes)
     asked = metrics_for(sets, request.metrics)
     _add_labels(sets, asked, view.renderer(loaded.tokenizer), request)
     _add_schema(sets, asked, request)
     tuned = _measure("model", loaded, view, sets, asked, request, progress)
-    notes, paths = [*loaded.notes, *_overlaps(loaded, sets, request)], {one.name: one.path for one in files}
+    notes += _overlaps(loaded, sets, request)
+    paths = {one.name: one.path for one in files}
     others, same = _measure_other(loaded, view, files, sets, asked, request, progress, notes)
     reports = [report_on(one, result, other, same_tokens=same) for one, result, other in zip(sets, tuned, others, strict=True)]
     for report, one in zip(reports, sets, strict=True):
@@ -83,10 +85,14 @@ def compare(request: Request, progress: Progress) -> Comparison:
 
 @dataclass(frozen=True)
 class _View:
-    """How rows are looked at: as the run of the target saw them in training, where it is of a run."""
+    """How rows are looked at: as the run of the target saw them in training, where it is of a run.
+
+    data_cache: rows that were rendered before are taken from the cache, and kept there otherwise.
+    """
 
     max_length: int
     loss_on: Literal["assistant", "all"]
+    data_cache: bool
     offline: bool
 
     def renderer(self, tokenizer: Any) -> Renderer:
@@ -97,12 +103,14 @@ def _view(loaded: Target, request: Request) -> _View:
     config = None if loaded.run_dir is None else make_config(read_config(loaded.run_dir))
     longest = request.max_length or (config.max_length if config else MAX_LENGTH)
     offline = request.offline or (config is not None and config.offline)
-    return _View(longest, config.loss_on if config else "assistant", offline)
+    data_cache = request.data_cache and (config is None or config.data_cache)
+    return _View(longest, config.loss_on if config else "assistant", data_cache, offline)
 
 
-def _load_sets(files: Sequence[NamedFile], loaded: Target, view: _View, request: Request) -> list[EvalSet]:
-    renderer = view.renderer(loaded.tokenizer)
-    return [load_set(file, renderer, on_long=request.on_long, offline=view.offline) for file in files]
+def _load_sets(files: Sequence[NamedFile], loaded: Target, view: _View, request: Request, notes: list[str]) -> list[EvalSet]:
+    """Every set, rendered for the model in `loaded`; `notes` takes what the cache of rows has to say."""
+    renderer, cache = view.renderer(loaded.tokenizer), RowCache(notes.append) if view.data_cache else None
+    return [load_set(file, renderer, on_long=request.on_long, offline=view.offline, cache=cache) for file in files]
 
 
 def _overlaps(loaded: Target, sets: Sequence[EvalSet], request: Request) -> list[str]:
@@ -201,7 +209,7 @@ def _measure_other(
     loaded.model = None
     other = load_target(request.vs, base=request.storage, offline=request.offline, progress=progress)
     notes += [f"of {request.vs}: {note}" for note in other.notes]
-    theirs = _load_sets(files, other, view, request)
+    theirs = _load_sets(files, other, view, request, notes)
     _add_labels(theirs, asked, view.renderer(other.tokenizer), request)
     _add_schema(theirs, asked, request)
     same = True

@@ -118,6 +118,7 @@ def evaluate(
     max_new_tokens: MaxNewTokens = 128,
     rows: FirstRows = None,
     html: Html = None,
+    no_data_cache: flags.NoDataCache = False,
     offline: flags.Offline = False,
     as_json: flags.Json = False,
 ) -> None:
@@ -137,7 +138,7 @@ def evaluate(
     request = Request(
         target, adapter, vs, vs_base=vs_base or (bool(guard) and vs is None), storage=storage, data=data or [],
         guards=guard or [], metrics=wanted, labels=labels, json_schema=json_schema, max_length=max_length, on_long=for_long,
-        max_new_tokens=max_new_tokens, rows=rows, offline=offline,
+        max_new_tokens=max_new_tokens, rows=rows, data_cache=not no_data_cache, offline=offline,
     )  # fmt: skip
     with progress_display() as progress:
         found = compare(request, progress)

@@ -34,6 +34,7 @@ Base = Annotated[
 SkipModules = Annotated[
     str | None, _option("--skip-modules", show="NAMES", text="nf4: linear layers to leave as they are, with commas between.")
 ]
+NoDataCache = Annotated[bool, _option("--no-data-cache", text="Render the rows anew and keep nothing of them.")]
 Offline = Annotated[bool, _option("--offline", text="Open no connection; use what is here.")]
 Json = Annotated[bool, _option("--json", text="Print one JSON object as the last line of stdout.")]
 
@@ -84,7 +85,7 @@ class RunFlags:
     loss_on: Annotated[
         str | None, _option("--loss-on", show="assistant|all", text="Which tokens carry loss. [default: assistant]")
     ] = None
-    no_data_cache: Annotated[bool, _option("--no-data-cache", text="Render the rows anew and keep nothing of them.")] = False
+    no_data_cache: NoDataCache = False
     cache_frozen: Annotated[
         bool,
         _option("--cache-frozen", text="Keep what goes into the lowest trained layer on disk: layers below run once a row."),
@@ -100,7 +101,7 @@ class RunFlags:
     ] = None
     optimizer: Annotated[
         str | None,
-        _option("--optimizer", show="adamw|paged_adamw", text="paged_adamw needs CUDA and bitsandbytes. [default: adamw]"),
+        _option("--optimizer", show="adamw|paged_adamw", text="paged_adamw: on a GPU, with bitsandbytes. [default: adamw]"),
     ] = None
     memory: Annotated[
         str | None,

@@ -43,6 +43,7 @@ def _memory_rows(plan: Plan) -> list[Row]:
         ("head and loss", parts.head_bytes, "one chunk of logits"),
     ]
     shown = [(label, size_text(size_bytes), remark) for label, size_bytes, remark in rows]
+    shown.append(("while loading", size_text(parts.load_bytes), "program, base and the tensor being converted"))
     return [*shown, ("most at once", size_text(plan.peak_bytes), _peak_remark(plan))]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,6 +42,13 @@ class Pack:
         places = list(torch.arange(len(ids)).split(starts.diff().tolist()))
         rows = list(range(len(places)))
         return cls(ids, starts, torch.full((len(places),), -1), predict, ids[predict + 1], rows, places)
+
+    def on(self, device: torch.device) -> Pack:
+        """The same pack with what a model reads on `device`; this one, if it is there already."""
+        if self.ids.device == device:
+            return self
+        keys = ("ids", "starts", "parents", "predict", "targets")
+        return replace(self, **{key: getattr(self, key).to(device) for key in keys})
 
     @property
     def tokens(self) -> int:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ class Source:
     name: str
     kind: str
     path: Path | None
+    _hub_sha256: str | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def place(self) -> str:
@@ -36,16 +38,28 @@ class Source:
         return self.name if self.path is None else str(self.path)
 
     def sha256(self) -> str:
-        """Of the file's bytes; of the rows as sorted JSON for a hub data set."""
-        digest = hashlib.sha256()
+        """Of the file's bytes; of the rows as sorted JSON for a hub data set, walked only if nobody has read them all."""
         if self.path is None:
-            for _, row in read_hub(self.name):
-                digest.update(json.dumps(row, sort_keys=True, default=str).encode())
-            return digest.hexdigest()
+            if self._hub_sha256 is None:
+                deque(self.hub_rows(), maxlen=0)
+            assert self._hub_sha256 is not None
+            return self._hub_sha256
+        digest = hashlib.sha256()
         with self.path.open("rb") as file:
             while block := file.read(2**20):
                 digest.update(block)
         return digest.hexdigest()
+
+    def hub_rows(self) -> Iterator[tuple[str, Any]]:
+        """(where, row) of every row of a hub data set, which stays as it was loaded: the first to read all makes its digest."""
+        if self._hub_sha256 is not None:
+            yield from read_hub(self.name)
+            return
+        digest = hashlib.sha256()
+        for where, row in read_hub(self.name):
+            digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+            yield where, row
+        self._hub_sha256 = digest.hexdigest()
 
 
 def open_source(name: str, *, offline: bool = False) -> Source:
@@ -104,7 +118,7 @@ def read_rows(source: Source, problems: Problems) -> Iterator[tuple[str, Any]]:
     What is wrong with a single row is added to `problems`; DataError is raised for what ends the reading.
     """
     if source.path is None:
-        return read_hub(source.name)
+        return source.hub_rows()
     if source.kind == "csv":
         return read_csv(source.path, problems, KNOWN_COLUMNS)
     if source.kind == "parquet":

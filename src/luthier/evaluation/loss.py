@@ -29,6 +29,7 @@ def supervised_loss(model: PreTrainedModel, pack: Pack, entry: Entry | None = No
     (`head_of` gives None) computes those S logits itself, all at once. Without supervised tokens the sum is 0.
     entry: begin at a decoder layer, for models whose `entry_obstacle` is None.
     """
+    pack = pack.on(model.device)
     if pack.supervised_tokens == 0:
         return torch.zeros((), device=pack.ids.device, requires_grad=torch.is_grad_enabled())
     head = head_of(model)

@@ -35,6 +35,7 @@ def token_log_likelihoods(model: PreTrainedModel, pack: Pack) -> Tensor:
     """
     if pack.supervised_tokens == 0:
         return torch.zeros(0)
+    pack = pack.on(model.device)
     head = head_of(model)
     if head is None:
         logits = packed_logits(model, pack.ids, pack.starts, pack.predict)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from luthier.data import Dataset, Renderer, load_examples
+from luthier.data import Dataset, Renderer, RowCache, load_examples
 from luthier.data.forms import RowError
 from luthier.data.load import Lengths, OnLong, length_problems
 from luthier.data.problems import Problems
@@ -75,18 +75,21 @@ def parse_files(data: Sequence[str], guards: Sequence[str]) -> list[NamedFile]:
     return files
 
 
-def load_set(file: NamedFile, renderer: Renderer, *, on_long: OnLong, offline: bool = False) -> EvalSet:
+def load_set(
+    file: NamedFile, renderer: Renderer, *, on_long: OnLong, offline: bool = False, cache: RowCache | None = None
+) -> EvalSet:
     """Read and render one file of any form that training takes, or of rows with choices.
 
     A row may have `references`, a list of texts: the answers that BLEU, chrF and ROUGE compare with, in place of the one
-    it is trained on. Raises DataError listing all that is wrong with the file.
+    it is trained on. cache: as for `load_examples`; rows with choices are always rendered.
+    Raises DataError listing all that is wrong with the file.
     """
     source = open_source(file.path, offline=offline)
     ignored = Problems()
     first = next((value for _, value in read_rows(source, ignored)), None)
     if is_choice_row(first):
         return _load_choices(file, renderer, on_long, offline)
-    dataset = load_examples(file.path, renderer, on_long=on_long, offline=offline)
+    dataset = load_examples(file.path, renderer, on_long=on_long, offline=offline, cache=cache)
     references = _references(file.path, dataset, offline)
     if references is not None:
         dataset.manifest["notes"] = [note for note in dataset.manifest["notes"] if not _is_about_references(note)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -9,11 +11,11 @@ from transformers.pytorch_utils import Conv1D
 from luthier.adapters.targets import is_inside, named_by
 from luthier.config import NF4Options, Storage
 from luthier.errors import ConfigError, ModelError, NumericError, PreflightError, bulleted, nearest
+from luthier.kernels.storage import KINDS
 from luthier.matrices import DenseMatrix, Matrix, NF4Matrix
 from luthier.matrices.dense import STORAGE_DTYPES
 from luthier.models.checkpoint import WeightSource
 
-F16_LARGEST = torch.finfo(torch.float16).max
 # Subclasses of nn.Linear with a forward of their own that is the plain product all the same.
 PLAIN_SUBCLASSES = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
 
@@ -90,20 +92,25 @@ def stored_as(source: WeightSource, name: str) -> str:
 def read_matrix(source: WeightSource, name: str, key: str, wanted: Storage | str, transposed: bool, *, double: bool) -> Matrix:
     """One tensor of `source` as a matrix stored as `wanted`: mapped where it stays as it is, else read, converted, let go.
 
-    key: its name in the model, for errors. transposed: it lies (in, out). Raises ModelError where f16 cannot hold it,
-    PreflightError where NF4 meets NaN or Inf.
+    key: its name in the model, for errors. transposed: it lies (in, out). Blocks on their way to another storage stand in
+    float32 as a whole, and beside them nothing, where a kernel reads them.
+    Raises ModelError where f16 cannot hold it, PreflightError where NF4 meets NaN or Inf.
     """
     kind = stored_as(source, name)
-    if wanted == kind and source.kind(name):
+    in_blocks = source.kind(name) in KINDS
+    if wanted == kind and in_blocks:
         return source.matrix(name)
     if wanted == kind and source.dtype(name) in STORAGE_DTYPES.values():
         return DenseMatrix(source.tensor(name, mapped=True), transposed)
-    tensor = source.tensor(name, mapped=False)
+    tensor = source.matrix(name).dequantize() if in_blocks else source.tensor(name, mapped=False)
     if wanted == "nf4":
         return _quantized(tensor.T if transposed else tensor, key, double)
-    if wanted == "f16" and tensor.abs().max() > F16_LARGEST:
-        raise ModelError(f"f16 holds numbers up to 65504; {key} has larger ones. Try bf16 or f32 as the base storage.")
-    return DenseMatrix(tensor.to(STORAGE_DTYPES[wanted]), transposed)
+    tensor = tensor.to(STORAGE_DTYPES[wanted])
+    if wanted == "f16":
+        low, high = tensor.aminmax()
+        if max(-low, high) == math.inf:
+            raise ModelError(f"f16 holds numbers up to 65504; {key} has larger ones. Try bf16 or f32 as the base storage.")
+    return DenseMatrix(tensor, transposed)
 
 
 def _quantized(weight: Tensor, key: str, double: bool) -> NF4Matrix:

@@ -54,7 +54,7 @@ def describe_environment() -> dict[str, Any]:
         "memory_bytes": total_bytes(),
         "available_bytes": available_bytes(),
         "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
-        "device": "cpu" if not torch.cuda.is_available() else "cpu (a CUDA device is here; it is not used yet)",
+        "device": "cpu" if not torch.cuda.is_available() else "cpu (a CUDA device is here; only paged_adamw uses it)",
         "kernels": kernels_in_use(),
     }
 

@@ -112,6 +112,11 @@ def _paged_adamw(groups: list[dict[str, Any]], betas: tuple[float, float]) -> to
     return PagedAdamW32bit(groups, lr=0.0, betas=betas)
 
 
+def device_of(config: RunConfig) -> str:
+    """Where a run computes: on the GPU with the optimiser that is made for one, else on the CPU."""
+    return "cuda" if config.optimizer == "paged_adamw" else "cpu"
+
+
 def check_optimizer(config: RunConfig) -> None:
     """Raise ConfigError if the optimiser asked for cannot run on this machine."""
     if config.optimizer != "paged_adamw":

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from luthier.adapters.targets import resolve_saved
+from luthier.adapters.targets import low_rank_layers, resolve_saved
 from luthier.config import RunConfig
 from luthier.errors import PreflightError
+from luthier.models.nf4_cache import cached_folder
 from luthier.models.packed import shares_prefixes
 from luthier.training.allocator import release_free_memory, set_freed_memory_kept
-from luthier.training.blueprint import Blueprint, read_blueprint
+from luthier.training.blueprint import Blueprint, read_blueprint, stored_bytes
 from luthier.training.calibrate import MEMORY_TOKENS, StandIn, TimeCosts, measure_bytes, measure_seconds, stand_in
 from luthier.training.depth import Frozen, frozen_layers, refuse_cache, refuse_entry
 from luthier.training.events import Listener
@@ -22,6 +23,7 @@ from luthier.training.footprint import FLOAT_BYTES, Footprint, Memory
 from luthier.training.frozen_cache import held_bytes
 from luthier.training.initial_costs import initial_costs
 from luthier.training.memory import available_bytes, rss_bytes
+from luthier.training.optimizer import check_optimizer
 from luthier.training.planner import PACK_SIZES, Cut, Planner, count_trained
 from luthier.training.prepare import (
     RunData,
@@ -138,10 +140,11 @@ class Plan:
 def plan_run(config: RunConfig, listener: Listener) -> Plan:
     """The plan of a run that is not going to be started: reads and renders the data, loads no model.
 
-    Raises DataError besides what `make_plan` raises.
+    Raises DataError, and ConfigError for an optimiser that cannot run here, besides what `make_plan` raises.
     """
     config = with_absolute_paths(config)
     check_data_is_there(config)
+    check_optimizer(config)
     return make_plan(config, read_data(config, listener), listener)
 
 
@@ -249,11 +252,23 @@ def _figures(planner: Planner, cut: Cut, times: TimeCosts) -> Plan:
 
 
 def _disk_bytes(planner: Planner) -> int:
-    """Checkpoints, one more than is kept while a new one is written, the result, the start, and what cache_frozen keeps."""
+    """Checkpoints, one more than is kept while a new one is written, the result, the start, and what cache_frozen and
+    cache_quantized keep."""
     weights = planner.memory.trained * FLOAT_BYTES
     kept = max(0, planner.frozen.cache_bytes - held_bytes(Path(planner.config.out or ".") / FROZEN))
+    kept += _quantized_bytes(planner)
     initial = (planner.memory.initial.kept + planner.memory.initial.frozen) * FLOAT_BYTES
     return (planner.config.keep_checkpoints + 1) * 3 * weights + weights + initial + RUN_FILES_BYTES + kept
+
+
+def _quantized_bytes(planner: Planner) -> int:
+    """What cache_quantized will keep of the model, taken to be on the same disk; 0 without it, and where it is kept already."""
+    config, blueprint = planner.config, planner.memory.blueprint
+    if not config.cache_quantized or cached_folder(Path(blueprint.path), config.nf4_options).exists():
+        return 0
+    layers = low_rank_layers(blueprint.skeleton)
+    shapes = [layers[key.removesuffix(".weight")].matrix.shape for key, kind in blueprint.storages.items() if kind == "nf4"]
+    return sum(stored_bytes("nf4", *shape, double=config.double_quant) for shape in shapes)
 
 
 def _existing(path: Path) -> Path:

@@ -22,6 +22,7 @@ from luthier.models.source import ModelSource
 from luthier.training.depth import frozen_layers, refuse_cache, refuse_entry
 from luthier.training.events import Listener
 from luthier.training.initial import make_start
+from luthier.training.optimizer import device_of
 from luthier.training.schedule import (
     CHECKPOINTS_A_RUN,
     DEFAULT_EPOCHS,
@@ -162,6 +163,7 @@ def read_model(
     prepared.initial_sha256 = "" if start is None else start.sha256()
     for note in _make_trainable(model, config, start):
         listener.note(note)
+    model.to(device_of(config))  # what the adapter begins with was drawn on the CPU, and is the same everywhere
     prepared.trainable = trainable_parameters(model)
     if config.cache_frozen:
         rows = len(data.train.examples)

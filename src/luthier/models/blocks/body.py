@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from luthier.models.blocks import choice
 from luthier.models.blocks.composed import composed_attention, composed_mlp
@@ -148,9 +147,8 @@ def _run_layers(model: Any, layers: list[Layer], hidden: Tensor, tokens: Tokens,
 
 
 def _maybe_recomputed(layer: Layer) -> Any:
-    if torch.is_grad_enabled() and choice.is_recomputed(layer.module):
-        return partial(checkpoint, _two_halves, use_reentrant=False)
-    return _two_halves
+    again = choice.recomputing(layer.module) if torch.is_grad_enabled() else None
+    return _two_halves if again is None else partial(again, _two_halves)
 
 
 def _two_halves(hidden: Tensor, layer: Layer, tokens: Tokens, tables: Tables, rows: Tensor | None) -> Tensor:

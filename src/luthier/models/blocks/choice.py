@@ -6,10 +6,13 @@ more than that; Transformers' own layer where something stands in the way of bot
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from luthier import notices
 from luthier.kernels import native
@@ -69,11 +72,17 @@ def half_obstacle(half: AttentionHalf | MlpHalf) -> str | None:
     return None
 
 
-def is_recomputed(layer: nn.Module) -> bool:
-    """Whether the layer keeps only its input for backward: marked so by `set_recomputed`, or by Transformers' own switch."""
-    return bool(getattr(layer, "is_recomputed", False)) or bool(
-        getattr(layer, "gradient_checkpointing", False) and layer.training
-    )
+def recomputing(layer: nn.Module) -> Callable[..., Any] | None:
+    """What runs the layer a second time in backward, called with a function and its inputs; None where everything is kept.
+
+    torch's checkpoint for layers marked by `set_recomputed`; where Transformers' own switch is on, its function with the
+    options that were given to it.
+    """
+    if getattr(layer, "is_recomputed", False):
+        return partial(checkpoint, use_reentrant=False)
+    if getattr(layer, "gradient_checkpointing", False) and layer.training:
+        return layer._gradient_checkpointing_func  # type: ignore[return-value]
+    return None
 
 
 def fits(hidden: Tensor) -> bool:
