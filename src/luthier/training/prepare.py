@@ -163,7 +163,7 @@ def read_model(
     prepared.initial_sha256 = "" if start is None else start.sha256()
     for note in _make_trainable(model, config, start):
         listener.note(note)
-    model.to(device_of(config))  # what the adapter begins with was drawn on the CPU, and is the same everywhere
+    nn.Module.to(model, device_of(config))  # what the adapter begins with was drawn on the CPU, and is the same everywhere
     prepared.trainable = trainable_parameters(model)
     if config.cache_frozen:
         rows = len(data.train.examples)
