@@ -89,7 +89,7 @@ def losses(run: Path) -> list[float]:
 
 @pytest.mark.parametrize(
     ("family", "method", "init"),
-    [*(("llama", *pair) for pair in INITS), ("phi3", "lora", "pissa"), ("phi3", "qlora", "pissa"), ("phi3", "qlora", "qera")],
+    [*(("llama", *pair) for pair in INITS), ("phi3", "lora", "pissa"), ("phi3", "qlora", "qera")],
 )
 def test_the_adapter_stands_on_the_base_as_anyone_has_it(
     folders: dict[str, Path], runs: Callable[..., Path], tmp_path: Path, family: str, method: str, init: str
@@ -229,22 +229,23 @@ def test_a_stopped_run_goes_on_bit_for_bit(folders: dict[str, Path], tmp_path: P
     assert "initial.safetensors" in listed
 
 
-@pytest.mark.parametrize("harm", ["lost", "cut", "changed"])
-def test_a_run_does_not_go_on_without_what_it_started_from(folders: dict[str, Path], tmp_path: Path, harm: str) -> None:
+def test_a_run_does_not_go_on_without_what_it_started_from(folders: dict[str, Path], tmp_path: Path) -> None:
     config = config_of(folders["llama"], tmp_path / "a", "lora", "pissa", steps=4)
     with pytest.raises(Interrupted):
         train(config, listener=send_at(1, signal.SIGINT))
     path = Path(str(config.out)) / "initial.safetensors"
-    if harm == "lost":
-        path.unlink()
-    elif harm == "cut":
-        path.write_bytes(path.read_bytes()[:-100])
-    else:
-        tensors = load_file(path)
-        next(iter(tensors.values()))[0, 0] += 1
+    whole, tensors = path.read_bytes(), load_file(path)
+    next(iter(tensors.values()))[0, 0] += 1
+
+    def change() -> None:
         save_file(tensors, path, metadata={"taken_off": "true"})
-    with pytest.raises(CheckpointError, match="what its terms started with"):
-        resume(str(config.out))
+
+    for harm in (path.unlink, lambda: path.write_bytes(whole[:-100]), change):
+        harm()
+        with pytest.raises(CheckpointError, match="what its terms started with"):
+            resume(str(config.out))
+    path.write_bytes(whole)
+    assert resume(str(config.out)).steps == 4
 
 
 def test_a_checkpoint_from_before_there_was_an_init_goes_on(folders: dict[str, Path], tmp_path: Path) -> None:
