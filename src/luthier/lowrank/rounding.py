@@ -1,0 +1,207 @@
+"""Rounding to a fixed grid so that the error is small where inputs are large: error feedback, then coordinate descent.
+
+For E = W - Q and a metric H (in_features, in_features) the error is tr(E H E^T). With H = U D U^T, U unit upper triangular,
+
+    tr(E H E^T) = sum_j D_j |E_j + sum_{k<j} U_kj E_k|^2        E_j: column j of E
+
+so columns are rounded in turn, each to the value nearest to W_j + sum_{k<j} U_kj E_k: what was rounded before is made up for.
+A later pass takes each column as if all others were settled: Q_j goes to the value nearest to Q_j + (E H)_j / H_jj, which
+never raises the error. Grids do not change meanwhile, so their scales are chosen before (`fit_steps`, and each format's file).
+Sources: GPTQ, arXiv:2210.17323; its form without an inverse, LDLQ, arXiv:2307.13304 (QuIP).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from luthier.errors import NumericError, ShapeError
+
+BLOCK = 64  # columns that are rounded one by one before what they did reaches the others as one product
+DAMPING = 0.01
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """What each weight may become: levels[code] step - offset.
+
+    levels: (16,) float32, ascending. step: (out, in) or (out, in / width) float32, of either sign; 0 stands for a weight that
+    is 0 whatever its code. offset: the shape of step, or None.
+    """
+
+    levels: Tensor
+    step: Tensor
+    offset: Tensor | None = None
+
+    def values(self, codes: Tensor) -> Tensor:
+        """codes: (out, in) uint8 -> (out, in) float32."""
+        columns = codes.shape[1]
+        scaled = self.levels[codes.to(torch.int64)] * _spread(self.step, columns)
+        return scaled if self.offset is None else scaled - _spread(self.offset, columns)
+
+    def nearest(self, weight: Tensor) -> Tensor:
+        """The code whose value is nearest to each weight, (out, in) uint8."""
+        columns = weight.shape[1]
+        shifted = weight if self.offset is None else weight + _spread(self.offset, columns)
+        return _codes(shifted * _inverse(_spread(self.step, columns)), self.levels)
+
+
+def _spread(per_group: Tensor, columns: int) -> Tensor:
+    return per_group.repeat_interleave(columns // per_group.shape[1], 1)
+
+
+def _inverse(step: Tensor) -> Tensor:
+    return torch.where(step == 0, 0.0, 1.0 / step)
+
+
+def _codes(scaled: Tensor, levels: Tensor) -> Tensor:
+    return torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)
+
+
+def metric_error(weight: Tensor, rounded: Tensor, moments: Tensor) -> float:
+    """tr((W - Q) H (W - Q)^T), computed in float64."""
+    E = weight.to(torch.float64) - rounded.to(torch.float64)
+    return float(((E @ moments.to(torch.float64)) * E).sum())
+
+
+def damped(moments: Tensor, damping: float = DAMPING) -> Tensor:
+    """H + damping mean(diag H) I in float64, its inputs that are always zero given the damping alone.
+
+    It keeps rounding from trusting directions that calibration text of finite length left empty. Where all of H is zero it is
+    the identity. Raises NumericError for moments that are not finite or negative on the diagonal.
+    """
+    H = moments.detach().to(torch.float64)
+    diagonal = H.diagonal()
+    if not bool(H.isfinite().all() and (diagonal >= 0).all()):
+        raise NumericError("moments must be finite and not negative on the diagonal. Check the calibration text and the model.")
+    mean = float(diagonal.mean())
+    return H + (damping * mean if mean > 0 else 1.0) * torch.eye(len(H), dtype=H.dtype)
+
+
+def round_in_metric(
+    weight: Tensor, moments: Tensor, grid: Grid, *, passes: int = 2, codes: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(codes uint8, what is left E = W - Q float32), both (out, in): one pass of feedback and `passes - 1` of descent.
+
+    weight: (out, in); moments H: (in, in), positive definite, so usually `damped`. Columns are taken in falling order of
+    H_jj. codes: where to go on from; then all passes are descent. Products are float32 over blocks of 64 columns, sums for
+    what a column makes up for are exact to about 1e-6 of the weights, so that a near tie may fall either way.
+    Raises ShapeError for moments of another shape, NumericError where H is not positive definite.
+    """
+    if moments.shape != (weight.shape[1],) * 2:
+        raise ShapeError(f"moments are (in_features, in_features); got {tuple(moments.shape)} for {tuple(weight.shape)}.")
+    order = moments.diagonal().argsort(descending=True)
+    H = moments[order][:, order]
+    work = _Columns(weight, grid, order)
+    if codes is None:
+        _feedback(work, _unit_upper(H).T.contiguous())
+        passes -= 1
+    else:
+        work.start(codes[:, order])
+    metric = H.to(torch.float32) if passes > 0 else H
+    for _ in range(passes):
+        _descend(work, metric)
+    back = order.argsort()
+    return work.codes.T[:, back].contiguous(), work.error.T[:, back].contiguous()
+
+
+class _Columns:
+    """Columns of W in the order they are rounded in, each contiguous: everything is (in, out)."""
+
+    def __init__(self, weight: Tensor, grid: Grid, order: Tensor):
+        columns = weight.shape[1]
+        self.target = weight.to(torch.float32).T[order].contiguous()
+        self.step = _spread(grid.step, columns).T[order].contiguous()
+        self.inverse = _inverse(self.step)
+        self.offset = None if grid.offset is None else _spread(grid.offset, columns).T[order].contiguous()
+        self.levels = grid.levels
+        self.edges = (grid.levels[1:] + grid.levels[:-1]) / 2
+        self.codes = torch.zeros(self.target.shape, dtype=torch.uint8)
+        self.error = torch.zeros_like(self.target)
+
+    def start(self, codes: Tensor) -> None:
+        self.codes.copy_(codes.T)
+        values = self.levels[self.codes.to(torch.int64)] * self.step
+        self.error = self.target - (values if self.offset is None else values - self.offset)
+
+    def round(self, j: int, wanted: Tensor) -> Tensor:
+        """Give column j the codes nearest to `wanted` (out,); -> what is then left of it, W_j - Q_j."""
+        shifted = wanted if self.offset is None else wanted + self.offset[j]
+        codes = torch.bucketize(shifted * self.inverse[j], self.edges, out_int32=True)
+        self.codes[j] = codes
+        values = self.levels[codes] * self.step[j]
+        return self.target[j] - values if self.offset is None else self.target[j] - values + self.offset[j]
+
+
+def _unit_upper(H: Tensor) -> Tensor:
+    """U of H = U D U^T, unit upper triangular, float32: from the Cholesky factor of H read backwards."""
+    root, failed = torch.linalg.cholesky_ex(H.to(torch.float64).flip(0, 1))
+    if int(failed):
+        raise NumericError("rounding needs positive definite moments; these are not. Give them a damping.")
+    upper = root.flip(0, 1)
+    return (upper / upper.diagonal()).to(torch.float32)
+
+
+def _feedback(work: _Columns, lower: Tensor) -> None:
+    """lower: U^T, (in, in)."""
+    E = work.error
+    for first in range(0, len(E), BLOCK):
+        last = min(first + BLOCK, len(E))
+        wanted = torch.addmm(work.target[first:last], lower[first:last, :first], E[:first])
+        for j in range(first, last):
+            E[j] = work.round(j, torch.addmv(wanted[j - first], E[first:j].T, lower[j, first:j]))
+
+
+def _descend(work: _Columns, H: Tensor) -> None:
+    E, diagonal = work.error, H.diagonal().tolist()
+    for first in range(0, len(E), BLOCK):
+        last = min(first + BLOCK, len(E))
+        pull = H[first:last] @ E
+        change = torch.zeros_like(pull)
+        for j in range(first, last):
+            i = j - first
+            pulled = torch.addmv(pull[i], change[:i].T, H[j, first:j]) / diagonal[j]
+            change[i] = work.round(j, work.target[j] - E[j] + pulled) - E[j]
+        E[first:last] += change
+
+
+def search_steps(weight: Tensor, diagonal: Tensor, levels: Tensor, largest: Tensor, shares: Tensor) -> Tensor:
+    """For each group the share of `largest` that as step gives the least sum_j H_jj (w_j - q_j)^2 at nearest codes.
+
+    weight: (groups, width) float32; diagonal: H_jj laid out the same; largest: (groups, 1), the step that just reaches the
+    largest weight; shares: (S,), tried in turn. -> (groups, 1) float32.
+    """
+    best, least = largest, torch.full_like(largest, torch.inf)
+    for share in shares.tolist():
+        step = largest * share
+        error = weight - levels[_codes(weight * _inverse(step), levels).to(torch.int64)] * step
+        cost = (diagonal * error.square()).sum(1, keepdim=True)
+        best = torch.where(cost < least, step, best)
+        least = torch.minimum(cost, least)
+    return best
+
+
+def fit_steps(weight: Tensor, moments: Tensor, grid: Grid, codes: Tensor) -> Tensor:
+    """The steps that minimise tr(E H E^T) while the codes stay: for each row one linear system over its groups.
+
+    With c_b the levels of group b, zero elsewhere: sum_b' (c_b^T H c_b') s_b' = c_b^T H w. weight: (out, in); grid.step:
+    (out, groups), without offset; -> (out, groups) float32. A group whose levels are all 0 keeps its step, and so does one
+    whose new step is not finite or of the other sign. Solved in float64; 1e-6 of the diagonal holds each step to the old one.
+    """
+    old = grid.step.to(torch.float64)
+    groups, width = old.shape[1], weight.shape[1] // old.shape[1]
+    H = moments.to(torch.float32)
+    levels = grid.levels[codes.to(torch.int64)]
+    grouped = levels.view(len(weight), groups, width)
+    right = ((weight.to(torch.float32) @ H).view_as(grouped) * grouped).sum(2).to(torch.float64)
+    system = torch.empty(len(weight), groups, groups, dtype=torch.float64)
+    for b in range(groups):
+        rows = H[b * width : (b + 1) * width]
+        system[:, b] = ((grouped[:, b] @ rows).view_as(grouped) * grouped).sum(2)
+    held = 1e-6 * system.diagonal(dim1=1, dim2=2)
+    held = torch.where(held > 0, held, 1.0)
+    new, failed = torch.linalg.solve_ex(system + torch.diag_embed(held), right + held * old)
+    keeps = (failed != 0)[:, None] | ~new.isfinite() | (new * old <= 0)
+    return torch.where(keeps, old, new).to(torch.float32)

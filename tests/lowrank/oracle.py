@@ -1,0 +1,33 @@
+"""Float64 oracles: errors measured on the inputs themselves, and optima found by another road."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def layer(out: int, inputs: int, tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """(W float32, X (tokens, in) float64 with inputs of very different size that depend on each other, H = X^T X)."""
+    g = generator(seed)
+    W = torch.randn(out, inputs, generator=g)
+    mixing = torch.randn(inputs, inputs, generator=g, dtype=torch.float64) / inputs**0.5
+    sizes = torch.logspace(0, -2, inputs, dtype=torch.float64)
+    X = (torch.randn(tokens, inputs, generator=g, dtype=torch.float64) * sizes) @ mixing
+    X[0] *= 30
+    return W, X, X.T @ X
+
+
+def output_error(W: Tensor, other: Tensor, X: Tensor) -> float:
+    """sum_t |(W - W') x_t|^2."""
+    return float((X @ (W.to(torch.float64) - other.to(torch.float64)).T).square().sum())
+
+
+def best_error(W: Tensor, X: Tensor, rank: int, root: Tensor | None = None) -> float:
+    """The least sum_t |R (W - W') x_t|^2 over all W' of that rank: what Eckart and Young leave of R W X^T."""
+    outputs = W.to(torch.float64) @ X.T
+    sigma = torch.linalg.svdvals(outputs if root is None else root @ outputs)
+    return float(sigma[rank:].square().sum())

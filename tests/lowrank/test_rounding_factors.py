@@ -1,0 +1,57 @@
+"""Factors in NF4: errors measured on the inputs, beside nearest rounding of the same factors and beside the dense optimum."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import layer, output_error
+
+from luthier.lowrank import Factors, pivoted, projected, rebalanced, round_factors, round_pivoted
+from luthier.matrices import NF4Matrix
+
+
+@pytest.mark.parametrize(("out", "inputs", "rank"), [(96, 128, 32), (128, 64, 24)])
+def test_rounded_factors_beat_nearest_codes_and_stay_near_the_optimum(out: int, inputs: int, rank: int) -> None:
+    W, X, H = layer(out, inputs, tokens=400)
+    result = projected(W, H)
+    factors = result.factors(rank)
+    rounded = round_factors(W, H, factors)
+    balanced = rebalanced(factors)
+    nearest = Factors(NF4Matrix.quantize(balanced.A).dequantize(), NF4Matrix.quantize(balanced.B).dequantize())
+    added = output_error(W, rounded.product(), X) - result.dropped(rank)
+    assert 0 < added < 0.35 * (output_error(W, nearest.product(), X) - result.dropped(rank))
+    assert rounded.size_bytes == NF4Matrix.quantize(balanced.A).size_bytes + NF4Matrix.quantize(balanced.B).size_bytes
+    assert rounded.product().shape == W.shape
+
+
+def test_the_second_factor_makes_up_for_the_first() -> None:
+    W, X, H = layer(96, 128, tokens=400)
+    factors = projected(W, H).factors(32)
+    rounded = round_factors(W, H, factors, lambda weight, _: NF4Matrix.quantize(weight))
+    once = NF4Matrix.quantize(rebalanced(factors).B).dequantize() @ rounded.A.dequantize()
+    assert output_error(W, rounded.product(), X) < output_error(W, once, X)
+
+
+def test_rounded_pivots_beat_nearest_codes() -> None:
+    W, X, H = layer(96, 128, tokens=400)
+    parts = pivoted(projected(W, H).factors(48))
+    rounded = round_pivoted(W, H, parts)
+    nearest = NF4Matrix.quantize(parts.basis), NF4Matrix.quantize(parts.coefficients)
+    plain = torch.empty_like(W)
+    plain[parts.pivots] = nearest[0].dequantize()
+    plain[parts.others] = nearest[1].dequantize() @ nearest[0].dequantize()
+    got = rounded.pivoted()
+    assert output_error(W, got.factors().product(), X) < 0.7 * output_error(W, plain, X)
+    assert rounded.size_bytes == nearest[0].size_bytes + nearest[1].size_bytes
+    assert torch.equal(got.pivots, parts.pivots)
+
+
+def test_pivots_that_are_every_row_have_no_coefficients() -> None:
+    W, X, H = layer(32, 128, tokens=400)
+    parts = pivoted(projected(W, H).factors(32))
+    rounded = round_pivoted(W, H, parts)
+    assert rounded.coefficients is None
+    assert rounded.size_bytes == rounded.basis.size_bytes
+    assert output_error(W, rounded.pivoted().factors().product(), X) == pytest.approx(
+        output_error(W, rounded.basis.dequantize(), X), rel=1e-6
+    )
