@@ -13,7 +13,8 @@ from luthier.adapters.targets import low_rank_layers
 from luthier.errors import ShapeError
 from luthier.generation.generator import Generator, generation_obstacle
 from luthier.generation.native_session import NativeSession
-from luthier.kernels import Storage, native
+from luthier.generation.stack import Stack
+from luthier.kernels import native
 from luthier.kernels.decoder import FactoredPart
 from luthier.linear import LowRankTerm
 from luthier.matrices import DenseMatrix
@@ -71,9 +72,11 @@ def test_factors_that_do_not_fit_are_refused_before_anything_is_read(tmp_path: P
     matrix = model.model.layers[0].mlp.gate_proj.matrix
     part = FactoredPart(matrix.left.storage(), matrix.right.storage(), None, matrix.places)
     assert part.shape == matrix.shape
-    model.model.layers[0].mlp.gate_proj.matrix.places = matrix.places + 1000
-    with torch.no_grad(), pytest.raises((ShapeError, IndexError)):
-        session = NativeSession(model)
-        states, _ = session.start([[1, 2]])
-        session.extend(states, [3])
-    assert isinstance(part.left, Storage)
+    matrix.places = matrix.places + 1000
+    pool = torch.zeros(1, 512 * 1024)
+    stack = Stack(model)
+    pages = torch.full((1, 1), pool.data_ptr())
+    hidden, rows = torch.zeros(1, 64), torch.zeros(1, dtype=torch.int64)
+    stack._reach(1)
+    with pytest.raises(ShapeError, match="lt_decode_step refused its arguments"):
+        stack.decoder.step(hidden, torch.zeros(1, dtype=torch.int64), pages, stack._tables, rows)
