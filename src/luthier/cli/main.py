@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import luthier
-from luthier.cli import chat, data, doctor, evaluate, export, plan, quantize, runs, train
+from luthier.cli import chat, compress, data, doctor, evaluate, export, plan, quantize, runs, train
 from luthier.errors import LuthierError
 
 INTERNAL_ERROR = 1
@@ -49,6 +49,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("chat")(chat.chat)
 app.command("export")(export.export)
 app.command("quantize")(quantize.quantize)
+app.command("compress")(compress.compress)
 app.command("doctor")(doctor.doctor)
 app.add_typer(runs.app, name="runs")
 app.add_typer(data.app, name="data")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from luthier.errors import ModelError, ShapeError
-from luthier.models.blocks import Entry, Tokens, blocks_hidden, blocks_inputs, blocks_obstacle, blocks_share
+from luthier.models.blocks import Entry, Tokens, blocks_hidden, blocks_inputs, blocks_obstacle, blocks_range, blocks_share
 from luthier.models.modes import evaluation_mode
 from luthier.models.pack_layout import NotPackable, documents, packed_layout
 from luthier.notices import say_once
@@ -103,6 +103,16 @@ def packed_inputs(model: PreTrainedModel, ids: Tensor, starts: Tensor, layer: in
     if (obstacle := entry_obstacle(model)) is not None:
         raise ShapeError(f"{type(model).__name__} runs as a whole only: {obstacle}. Run it with packed_hidden.")
     return blocks_inputs(model, ids, Tokens.of(starts, _usable(model, parents)), layer)
+
+
+def packed_layers(model: PreTrainedModel, hidden: Tensor, starts: Tensor, first: int, last: int) -> Tensor:
+    """Decoder layers first ... last - 1 over documents: what goes into the first -> what comes out, (T, hidden) float32.
+
+    starts as in `packed_hidden`. No graph. Raises ShapeError where `entry_obstacle` is not None.
+    """
+    if (obstacle := entry_obstacle(model)) is not None:
+        raise ShapeError(f"{type(model).__name__} runs as a whole only: {obstacle}. Run it with packed_hidden.")
+    return blocks_range(model, hidden, Tokens.of(starts), first, last)
 
 
 def entry_obstacle(model: PreTrainedModel) -> str | None:

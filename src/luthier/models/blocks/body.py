@@ -73,6 +73,15 @@ def blocks_inputs(model: Any, ids: Tensor, tokens: Tokens, layer: int) -> Tensor
 
 
 @torch.no_grad()
+def blocks_range(model: Any, hidden: Tensor, tokens: Tokens, first: int, last: int) -> Tensor:
+    """Decoder layers first ... last - 1, (T, hidden) float32 in and out, for a model whose `blocks_obstacle` is None."""
+    body = model.base_model
+    family = family_of(body)
+    assert family is not None
+    return _run_layers(model, [family.describe(module) for module in body.layers[first:last]], hidden, tokens, None)
+
+
+@torch.no_grad()
 def blocks_obstacle(model: Any) -> str | None:
     """Why the model runs as Transformers' modules altogether, or None."""
     if not are_switched_on():

@@ -1,0 +1,209 @@
+"""Spends the budget: what each layer, the embedding and the head become, by allocation and, beside it, uniformly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from luthier.adapters.targets import low_rank_layers
+from luthier.calibration.sensitivity import mean_loss
+from luthier.compression.build import replace_table
+from luthier.compression.candidates import (
+    REPAIR_RANKS,
+    GroupFacts,
+    Option,
+    Prober,
+    choices_of,
+    factor_kinds,
+    group_options,
+    low_rank_options,
+    option_of,
+)
+from luthier.compression.specs import ENTRY_BYTES, Spec, part_bytes, spec_bytes, whole
+from luthier.data.packing import Pack
+from luthier.errors import PreflightError
+from luthier.kernels.storage import GGUF_BLOCKS
+from luthier.linear import LowRankEmbedding
+from luthier.lowrank import allocate
+from luthier.models.compressed_folder import stored_state
+from luthier.progress import Progress
+from luthier.units import size_text
+
+LEAST_RISE = 1e-6  # nats: a table in fewer bits is never expected to be better
+RATIOS = tuple(share / 100 for share in range(5, 100, 5))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """layers: the spec of each linear layer; tables: the kind of embedding and of a head of its own; size_bytes: of the file,
+    a little too many rather than too few; rise: the expected rise of the mean loss, in nats."""
+
+    name: str
+    layers: dict[str, Spec]
+    tables: dict[str, str]
+    size_bytes: int
+    rise: float
+
+
+@dataclass(frozen=True)
+class Table:
+    """The embedding or a head that is not tied to it. rises: of the mean loss for each kind, measured."""
+
+    name: str
+    shape: tuple[int, int]
+    rises: dict[str, float]
+
+
+def tables_of(model: PreTrainedModel, packs: Sequence[Pack], prober: Prober, progress: Progress | None = None) -> list[Table]:
+    """Embedding and head, each stored in every kind for a while, and what that does to the loss on `packs`."""
+    layers = low_rank_layers(model)
+    head = model.get_output_embeddings()
+    names = [name for name, layer in layers.items() if isinstance(layer, LowRankEmbedding) or layer is head]
+    found: dict[int, str] = {}
+    for name in names:
+        found.setdefault(id(layers[name].matrix), name)
+    before = mean_loss(model, packs)
+    tables = []
+    for name in found.values():
+        matrix = layers[name].matrix
+        sharing = [layer for layer in layers.values() if layer.matrix is matrix]
+        rises = {prober.sixteen: 0.0}
+        for number, kind in enumerate(_table_kinds(matrix.shape[1], prober)):
+            if progress is not None:
+                progress("trying the embedding in fewer bits", number, 3)
+            replace_table(model, name, kind)
+            rises[kind] = max(LEAST_RISE, mean_loss(model, packs) - before)
+            for layer in sharing:
+                layer.matrix = matrix
+        tables.append(Table(name, matrix.shape, rises))
+    return tables
+
+
+def _table_kinds(columns: int, prober: Prober) -> list[str]:
+    kinds = [] if prober.bits == "16" else ["q8_0", "q4_0", "nf4"]
+    return [kind for kind in kinds if kind not in GGUF_BLOCKS or columns % GGUF_BLOCKS[kind][0] == 0]
+
+
+def fixed_bytes(model: PreTrainedModel) -> int:
+    """What is no matrix: norms and biases, and the entries in the header of the file."""
+    state, entries = stored_state(model)
+    rest = {key: tensor for key, tensor in state.items() if not (key.endswith(".weight") and key[: -len(".weight")] in entries)}
+    return sum(tensor.numel() * tensor.element_size() + ENTRY_BYTES for tensor in rest.values()) + ENTRY_BYTES
+
+
+def allocated_plan(facts: Sequence[GroupFacts], tables: Sequence[Table], prober: Prober, budget: int) -> Plan:
+    """The least expected rise within the budget. Raises PreflightError where nothing fits."""
+    options: dict[str, list[Option]] = {group.names[0]: group_options(group, prober) for group in facts}
+    if prober.bits == "16":
+        options = {group.names[0]: _floored(group, options[group.names[0]], facts, budget, tables) for group in facts}
+    for table in tables:
+        options[table.name] = _table_options(table)
+    _check_fits(options, budget)
+    found = allocate(choices_of(options), budget)
+    chosen = {name: options[name][place] for name, place in found.chosen.items()}
+    layers = {name: spec for group in facts for name, spec in zip(group.names, chosen[group.names[0]].specs, strict=True)}
+    kinds = {table.name: chosen[table.name].specs[0].kind for table in tables}
+    return Plan("allocated", layers, kinds, found.size_bytes, found.loss)
+
+
+def _table_options(table: Table) -> list[Option]:
+    return [Option((whole(kind),), part_bytes(kind, *table.shape), rise) for kind, rise in table.rises.items()]
+
+
+def _floored(
+    facts: GroupFacts, options: list[Option], all_facts: Sequence[GroupFacts], budget: int, tables: Sequence[Table]
+) -> list[Option]:
+    """Without ranks below half of what an even share of the budget would give: predictions err most where they cut most."""
+    fixed = sum(min(part_bytes(kind, *table.shape) for kind in table.rises) for table in tables)
+    numbers = sum(layer.shape[0] * layer.shape[1] for group in all_facts for layer in group.layers.values())
+    share = max(0.0, (budget - fixed) / (2 * numbers))
+    shapes = [layer.shape for layer in facts.layers.values()]
+    rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
+    even = share * rows * columns / (rows + columns)
+    kept = [option for option in options if not option.specs[0].rank or 2 * option.specs[0].rank >= even]
+    return kept or options
+
+
+def _check_fits(options: dict[str, list[Option]], budget: int) -> None:
+    smallest = sum(min(option.size_bytes for option in own) for own in options.values())
+    if smallest > budget:
+        raise PreflightError(
+            f"the budget must hold the smallest form of every layer, {size_text(smallest)} in all; "
+            f"{size_text(max(0, budget))} are left for them. Raise --budget, or allow fewer bits with --bits auto."
+        )
+
+
+def uniform_plan(facts: Sequence[GroupFacts], tables: Sequence[Table], prober: Prober, budget: int) -> Plan | None:
+    """The best of the plans that treat all linear layers alike, by expected rise, that fits; None where none does."""
+    best: Plan | None = None
+    for options in _families(facts, prober):
+        for kind in tables[0].rises if tables else [""]:
+            size = sum(option.size_bytes for option in options) + sum(part_bytes(kind, *table.shape) for table in tables)
+            rise = sum(option.loss for option in options) + sum(table.rises.get(kind, 0.0) for table in tables)
+            if size <= budget and (best is None or rise < best.rise):
+                layers = {
+                    name: spec
+                    for group, option in zip(facts, options, strict=True)
+                    for name, spec in zip(group.names, option.specs, strict=True)
+                }
+                best = Plan("uniform", layers, {table.name: kind for table in tables}, size, rise)
+    return best
+
+
+def _families(facts: Sequence[GroupFacts], prober: Prober) -> Iterator[list[Option]]:
+    """One option for every group, of the same form throughout."""
+    kinds = set.intersection(*(set(layer.errors) for group in facts for layer in group.layers.values()))
+    specs = [whole(kind) for kind in sorted(kinds)] + ([whole(prober.sixteen)] if prober.bits != "4" else [])
+    if "nf4" in kinds:
+        specs += [Spec("repair", "nf4", rank, factors) for rank in REPAIR_RANKS for factors in factor_kinds(prober)]
+    for spec in specs:
+        found = [_alike(group, spec, prober) for group in facts]
+        if all(found):
+            yield [option for option in found if option is not None]
+    for factors in factor_kinds(prober):
+        for share in RATIOS:
+            ranked = [_at_share(group, prober, factors, share) for group in facts]
+            if all(ranked):
+                yield [option for option in ranked if option is not None]
+
+
+def _alike(facts: GroupFacts, spec: Spec, prober: Prober) -> Option | None:
+    loss = 0.0
+    for name, layer in facts.layers.items():
+        if spec.form == "repair":
+            if spec.rank not in layer.repaired:
+                return None
+            left = layer.repaired[spec.rank]
+            kept = layer.errors["nf4"] - left if spec.factors == "nf4" else 0.0
+            loss += prober.gain(name, "nf4") * (left + 2 * layer.nf4_error * kept)
+        elif spec.kind in layer.errors:
+            loss += prober.gain(name, spec.kind) * layer.errors[spec.kind]
+    shapes = [facts.layers[name].shape for name in facts.names]
+    return option_of((spec,) * len(shapes), shapes, loss)
+
+
+def _at_share(facts: GroupFacts, prober: Prober, factors: str, share: float) -> Option | None:
+    """The group at the rank that takes about `share` of its numbers."""
+    options = [option for option in low_rank_options(facts, prober) if option.specs[0].factors == factors]
+    shapes = [facts.layers[name].shape for name in facts.names]
+    rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
+    wanted = share * rows * columns / (rows + columns)
+    return min(options, key=lambda one: abs(one.specs[0].rank - wanted), default=None)
+
+
+def nf4_plan(facts: Sequence[GroupFacts], tables: Sequence[Table], prober: Prober, budget: int) -> Plan:
+    """Plain NF4 at nearest codes: all linear layers in it, embedding and head in as many bits as the budget leaves.
+
+    Where even the smallest does not fit it is the smallest all the same, for comparison.
+    """
+    layers = {name: whole("nf4") for group in facts for name in group.names}
+    shapes = {name: layer.shape for group in facts for name, layer in group.layers.items()}
+    linear = sum(spec_bytes(spec, shapes[name]) for name, spec in layers.items())
+    kinds = sorted(tables[0].rises, key=lambda kind: -part_bytes(kind, *tables[0].shape)) if tables else [""]
+    sizes = {kind: linear + sum(part_bytes(kind, *table.shape) for table in tables) for kind in kinds}
+    kind = next((kind for kind in kinds if sizes[kind] <= budget), kinds[-1])
+    rise = sum(layer.errors.get("nf4", 0.0) for group in facts for layer in group.layers.values())
+    rise += sum(table.rises.get(kind, 0.0) for table in tables)
+    return Plan("plain nf4", layers, {table.name: kind for table in tables}, sizes[kind], rise)

@@ -1,0 +1,66 @@
+"""The ways to store one linear layer, and what each of them takes on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from luthier.kernels.storage import DENSE_DTYPES
+from luthier.training.blueprint import stored_bytes
+
+Form = Literal["whole", "repair", "low-rank"]
+# What a tensor's entry in the header of a safetensors file takes at most, and the JSON that bitsandbytes keeps with NF4.
+ENTRY_BYTES, STATE_BYTES = 160, 200
+NF4_TENSORS = 6
+
+
+@dataclass(frozen=True)
+class Spec:
+    """whole: the matrix in `kind`; repair: that and factors of `rank` in `factors`; low-rank: the factors alone.
+
+    Layers of one input that are low-rank share their right factor.
+    """
+
+    form: Form
+    kind: str = ""
+    rank: int = 0
+    factors: str = ""
+
+    @property
+    def label(self) -> str:
+        if self.form == "whole":
+            return self.kind
+        product = f"rank {self.rank} in {self.factors}"
+        return f"{self.kind} + {product}" if self.form == "repair" else product
+
+    @property
+    def bits(self) -> float:
+        """Of a stored number, about; for plots."""
+        kind = self.factors if self.form == "low-rank" else self.kind
+        return 8 * stored_bytes(kind, 256, 256, double=True) / 256**2
+
+
+def whole(kind: str) -> Spec:
+    return Spec("whole", kind)
+
+
+def part_bytes(kind: str, rows: int, columns: int) -> int:
+    """What a stored matrix adds to the file, its entries in the header included; a little more rather than less."""
+    tensors = NF4_TENSORS if kind == "nf4" else 1
+    state = STATE_BYTES if kind == "nf4" else 0
+    return stored_bytes(kind, rows, columns, double=True) + state + tensors * ENTRY_BYTES
+
+
+def spec_bytes(spec: Spec, shape: tuple[int, int], *, with_right: bool = True) -> int:
+    """What a layer of `shape` takes. with_right: False for those that use the right factor of another."""
+    rows, columns = shape
+    total = part_bytes(spec.kind, rows, columns) if spec.kind else 0
+    if spec.rank:
+        total += part_bytes(spec.factors, rows, spec.rank)
+        total += part_bytes(spec.factors, spec.rank, columns) if with_right else 0
+    return total
+
+
+def is_dense(spec: Spec) -> bool:
+    """Whether the layer stays in plain numbers of 16 or 32 bits."""
+    return spec.form == "whole" and spec.kind in DENSE_DTYPES

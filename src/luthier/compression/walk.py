@@ -1,0 +1,196 @@
+"""Through a model layer by layer: the moments of what goes into each group of linear layers, given what stands below it now.
+
+A group is the layers that are given one tensor: q, k and v; gate and up. Tokens count by how much the loss feels what the
+group gives for them:
+
+    H = sum_t w_t x_t x_t^T / (2 S)     w_t = sum_l |g_l,t|^2 / out_features_l     g: gradient of the summed loss at the output
+
+so that tr(E H E^T), shared out among the layers of the group by their part of sum_t w_t, is the rise of the mean loss over
+S supervised tokens that an error E of a layer's weight leads one to expect (calibration/sensitivity.py). Weights are taken
+once, on the model as it was; inputs are those of the model as it is when its layer is reached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from luthier.calibration.inputs import linear_layers, look_at_inputs, shared_inputs
+from luthier.calibration.moments import MomentSum
+from luthier.data.packing import Pack
+from luthier.errors import NumericError
+from luthier.evaluation.loss import supervised_loss
+from luthier.models.modes import evaluation_mode, inputs_require_grads
+from luthier.models.packed import entry_obstacle, packed_inputs, packed_layers
+from luthier.progress import Progress
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linear layers of one input. weights: (T,) float32 of each pack; shares: each layer's part of their sum, 1 in all."""
+
+    names: tuple[str, ...]
+    weights: list[Tensor]
+    shares: dict[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """A group with the metric of its present inputs, (in_features, in_features) float64, in nats."""
+
+    group: Group
+    metric: Tensor
+
+
+Visit = Callable[[Seen], None]
+
+
+def weighted_groups(model: PreTrainedModel, packs: Sequence[Pack], progress: Progress | None = None) -> list[Group]:
+    """The groups of all linear layers but the head, in the order they run, with the weights of tokens: a backward pass a pack.
+
+    Raises NumericError where gradients are not finite.
+    """
+    groups = shared_inputs(model)
+    layers = linear_layers(model, [name for group in groups for name in group])
+    felt: dict[str, list[Tensor]] = {name: [] for name in layers}
+    for number, pack in enumerate(packs):
+        if progress is not None:
+            progress("measuring what the loss feels", number, len(packs))
+        for name, squares in _gradient_squares(model, pack, layers).items():
+            felt[name].append(squares)
+    found = []
+    for names in groups:
+        sums = {name: float(sum(own.sum(dtype=torch.float64) for own in felt[name])) for name in names}
+        total = sum(sums.values())
+        if not torch.isfinite(torch.tensor(total)):
+            raise NumericError(f"gradients must be finite; NaN or Inf at the output of {names[0]}. Check the model.")
+        weights = [torch.stack([felt[name][number] for name in names]).sum(0) for number in range(len(packs))]
+        shares = {name: own / total if total > 0 else 1 / len(names) for name, own in sums.items()}
+        found.append(Group(tuple(names), weights, shares))
+    return found
+
+
+def _gradient_squares(model: PreTrainedModel, pack: Pack, layers: dict[str, Any]) -> dict[str, Tensor]:
+    """|g_t|^2 / out_features at the output of each layer, (T,) float32; 0 where the loss does not depend on it."""
+    found = {name: torch.zeros(pack.tokens) for name in layers}
+
+    def watch(name: str) -> Callable[..., None]:
+        def keep(gradient: Tensor) -> None:
+            squares = gradient.reshape(-1, gradient.shape[-1]).square().mean(1)
+            # The last decoder layer may compute the tokens alone that a loss depends on.
+            found[name][torch.arange(pack.tokens) if len(squares) == pack.tokens else pack.predict.unique()] = squares
+
+        def hook(_module: Any, _inputs: Any, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(keep)
+
+        return hook
+
+    handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
+    try:
+        with evaluation_mode(model), inputs_require_grads(model) as entered, torch.enable_grad():
+            loss = supervised_loss(model, pack)
+            if loss.requires_grad:
+                loss.backward(inputs=entered)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def walk(
+    model: PreTrainedModel,
+    packs: Sequence[Pack],
+    groups: Sequence[Group],
+    visit: Visit,
+    *,
+    changes: bool,
+    progress: Progress | None = None,
+    stage: str = "",
+) -> None:
+    """Call visit for each group in the order they run. changes: visit replaces matrices, and later groups see what that did.
+
+    Memory: beside the model one hidden state for every token, (tokens, hidden) float32, and one group's moments, or, where
+    nothing changes, those of one decoder layer. A family without blocks of its own runs from its beginning for each group.
+    """
+    supervised = max(1, sum(pack.supervised_tokens for pack in packs))
+    if entry_obstacle(model) is not None:
+        for number, group in enumerate(groups):
+            _report(progress, stage, number, len(groups))
+            visit(_seen_from_the_beginning(model, packs, group, supervised))
+        return
+    hidden = [packed_inputs(model, pack.ids, pack.starts, 0) for pack in packs]
+    depth = len(_decoder_layers(model))
+    for layer, own in enumerate(_by_layer(model, groups)):
+        _report(progress, stage, layer, depth)
+        for together in [[group] for group in own] if changes else [own]:
+            for seen in _seen_in_layer(model, packs, hidden, layer, together, supervised):
+                visit(seen)
+        for number, pack in enumerate(packs):
+            hidden[number] = packed_layers(model, hidden[number], pack.starts, layer, layer + 1)
+
+
+def _report(progress: Progress | None, stage: str, done: int, total: int) -> None:
+    if progress is not None:
+        progress(stage, done, total)
+
+
+def _decoder_layers(model: Any) -> Any:
+    return model.base_model.layers
+
+
+def _by_layer(model: PreTrainedModel, groups: Sequence[Group]) -> Iterator[list[Group]]:
+    """The groups of each decoder layer."""
+    names = {id(module): name for name, module in model.named_modules()}
+    for layer in _decoder_layers(model):
+        prefix = f"{names[id(layer)]}."
+        yield [group for group in groups if group.names[0].startswith(prefix)]
+
+
+def _seen_in_layer(
+    model: PreTrainedModel, packs: Sequence[Pack], hidden: list[Tensor], layer: int, groups: Sequence[Group], supervised: int
+) -> list[Seen]:
+    if not groups:
+        return []
+    leaders = linear_layers(model, [group.names[0] for group in groups])
+    sums = {name: MomentSum(leaders[name].in_features) for name in leaders}
+    weights = {group.names[0]: group.weights for group in groups}
+    with evaluation_mode(model), torch.no_grad():
+        for number, pack in enumerate(packs):
+            own = {name: weights[name][number] for name in leaders}
+            with _looking(leaders, partial(_add, sums, own)):
+                packed_layers(model, hidden[number], pack.starts, layer, layer + 1)
+    return [Seen(group, sums[group.names[0]].moments().second / (2.0 * supervised)) for group in groups]
+
+
+def _seen_from_the_beginning(model: PreTrainedModel, packs: Sequence[Pack], group: Group, supervised: int) -> Seen:
+    leader = group.names[0]
+    (layer,) = linear_layers(model, [leader]).values()
+    own = MomentSum(layer.in_features)
+    for number, pack in enumerate(packs):
+        look_at_inputs(model, pack, [leader], partial(_add, {leader: own}, {leader: group.weights[number]}), last=leader)
+    return Seen(group, own.moments().second / (2.0 * supervised))
+
+
+def _add(sums: dict[str, MomentSum], weights: dict[str, Tensor], name: str, x: Tensor) -> None:
+    sums[name].add(x, weights[name])
+
+
+@contextmanager
+def _looking(layers: dict[str, Any], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    def watch(name: str) -> Callable[..., None]:
+        return lambda _module, inputs: see(name, inputs[0].detach().reshape(-1, inputs[0].shape[-1]))
+
+    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
