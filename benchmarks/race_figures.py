@@ -51,7 +51,8 @@ def contender_figures(state: State, task: str, contender: str) -> dict[str, Any]
 
     tokens_per_second: of the rows as the data comes. share: useful flops over seconds times the multiply-add peak probed
     around each step; None without probes. peak_rss_bytes: the largest of the rounds. first_loss: before any update.
-    computed_share: tokens that went through the model over those of the rows, where the contender says it.
+    computed_share: tokens that went through the model over those of the rows; overhead: share of the seconds outside the
+    forward and backward passes (packing, clipping, the update). Both None where the contender does not say it.
     """
     runs = runs_of(state, task, contender)
     if not runs:
@@ -71,6 +72,7 @@ def contender_figures(state: State, task: str, contender: str) -> dict[str, Any]
         "peak_rss_bytes": max(run["peak_rss_bytes"] for run in runs),
         "first_loss": [*runs[0]["warmup"], *runs[0]["steps"]][0]["loss"],
         "computed_share": computed_share(passes[0], count),
+        "overhead": overhead(passes),
         "collator": runs[0].get("collator"),
     }
 
@@ -79,6 +81,13 @@ def computed_share(steps: list[dict[str, Any]], count: Needed) -> float | None:
     if not all("computed_tokens" in step for step in steps):
         return None
     return sum(step["computed_tokens"] for step in steps) / count.tokens
+
+
+def overhead(passes: list[list[dict[str, Any]]]) -> float | None:
+    steps = [step for each in passes for step in each]
+    if not all("overhead_seconds" in step for step in steps):
+        return None
+    return sum(step["overhead_seconds"] for step in steps) / sum(step["seconds"] for step in steps)
 
 
 def figures_of(state: State) -> Figures:

@@ -109,6 +109,7 @@ def measured_step(side: Side, number: int) -> dict[str, Any]:
         "seconds": seconds,
         "loss": outcome.loss,
         "computed_tokens": outcome.computed_tokens,
+        "overhead_seconds": outcome.seconds - outcome.gradient_seconds,
         "fma_peak": mean_peak(before, probed_peak()),
     }
 

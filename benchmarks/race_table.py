@@ -13,6 +13,7 @@ from race_figures import CONTENDERS, LUTHIER, NAMES, Figures, State, exactness_o
 TARGETS = {"random": (2.6, 0.70), "snips": (5.0, 0.65), "banking77": (15.0, 0.60), "e2e": (4.0, 0.65)}
 QLORA_TARGET, MEMORY_TARGET = 0.97, 1 / 3
 LOSS_TARGET, HELD_OUT_TARGET = 1e-4, 0.005
+OVERHEAD_TARGET = 0.03
 BEGIN, END = "<!-- training benchmark: begin -->", "<!-- training benchmark: end -->"
 
 
@@ -86,6 +87,9 @@ def verdicts(state: State, figures: Figures) -> list[str]:
             if contenders[one]["share"] is not None:
                 lines.append(verdict(f"{name}, {NAMES[one]}: share of the limit", contenders[one]["share"], share, ".1%"))
             lines.append(verdict(f"{name}, {NAMES[one]}: memory", between["memory"][one], MEMORY_TARGET, ".3f", most=True))
+            if (overhead := contenders[one]["overhead"]) is not None:
+                what = f"{name}, {NAMES[one]}: packing, clipping and update"
+                lines.append(verdict(what, overhead, OVERHEAD_TARGET, ".2%", most=True))
         if "qlora_over_lora" in between:
             lines.append(verdict(f"{name}: QLoRA over LoRA", between["qlora_over_lora"], QLORA_TARGET, ".3f"))
     exact = exactness_of(state)
@@ -123,7 +127,14 @@ def notes_of(state: State, figures: Figures) -> list[str]:
     computed = {work: found["contenders"].get(LUTHIER[0], {}).get("computed_share") for work, found in figures.items()}
     listed = ", ".join(f"{work} {share:.1%}" for work, share in computed.items() if share is not None)
     if listed:
-        notes.append(f"Share of the rows' tokens that Luthier computed, beginnings that rows share once: {listed}.")
+        notes.append(
+            "Share of the rows' tokens that Luthier computed, beginnings that rows share once and nothing behind the last "
+            f"target: {listed}."
+        )
+    spent = {work: found["contenders"].get(LUTHIER[0], {}).get("overhead") for work, found in figures.items()}
+    listed = ", ".join(f"{work} {share:.1%}" for work, share in spent.items() if share is not None)
+    if listed:
+        notes.append(f"Share of Luthier's step spent on packing, clipping and the optimiser: {listed}.")
     apart = [value for found in figures.values() for value in found["compared"].get("first_loss_apart", {}).values()]
     if apart:
         notes.append(f"The first loss of every peer is within {max(apart):.1e} of Luthier's with the same method.")

@@ -62,11 +62,16 @@ def main() -> None:
     record = Record(options.out, {"model": Path(options.model).name, **kept}, resume=options.resume)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options, record, Path(folder))
-        bench.prepare()
-        bench.choose_collators()
-        bench.race()
-        bench.measure_lengths()
-        bench.measure_exactness()
+        try:
+            bench.prepare()
+            bench.choose_collators()
+            bench.race()
+            bench.measure_lengths()
+            bench.measure_exactness()
+        except KeyboardInterrupt:
+            print("stopped; what is done follows, and --resume goes on with the rest", file=sys.stderr)
+            if "machine" not in record.state:
+                raise
     report(options, record)
 
 
@@ -196,6 +201,7 @@ class Bench:
                     if contender in PEERS:
                         extra["collator"] = self.record.state["collators"][task][contender.split("-")[0]]["collator"]
                     self.record.put("runs", key, self.run_contender(contender, task, **extra))
+                print("\n".join(verdicts(self.record.state, figures_of(self.record.state))), file=sys.stderr, flush=True)
 
     def measure_lengths(self) -> None:
         """Luthier and one peer over rows of each length, shortest first; a contender ends where a length does not fit."""

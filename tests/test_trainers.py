@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from tiny import write_tiny
 
 import luthier
 from luthier.kernels.registry import registered_ops
+from luthier.models.blocks import without_blocks
 
 ROWS = [
     {"messages": [{"role": "user", "content": f"say {word}"}, {"role": "assistant", "content": f"{word}!"}]}
@@ -22,7 +22,7 @@ ROWS = [
 
 def adapted(folder: Path):
     model, tokenizer = luthier.load(str(folder))
-    luthier.attach(model, luthier.AdapterSpec(rank=4, alpha=8))
+    luthier.attach(model, luthier.AdapterSpec(rank=4, alpha=8), seed=0)
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     return model, tokenizer, frozen
 
@@ -49,56 +49,92 @@ def assert_saved_adapter_gives_the_same_logits(model: torch.nn.Module, folder: P
         assert torch.allclose(again(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
 
 
+STEPS, LAYERS = 8, 2
+
+
 @contextmanager
-def the_blocks_used(layers: int, steps: int) -> Iterator[None]:
+def the_blocks_used() -> Iterator[None]:
     """Every layer of every step goes through our attention, forward and backward."""
     counts = [{op.name: op.native_calls for op in registered_ops()}]
     yield
     counts.append({op.name: op.native_calls for op in registered_ops()})
     for name in ("packed_attention", "packed_attention_backward"):
-        assert counts[1][name] - counts[0][name] == layers * steps
+        assert counts[1][name] - counts[0][name] == LAYERS * STEPS
 
 
-@pytest.mark.slow
-def test_hf_trainer(tmp_path: Path) -> None:
+@contextmanager
+def the_modules_used() -> Iterator[None]:
+    """Transformers' own forward, and nothing of our attention."""
+    before = {op.name: op.native_calls for op in registered_ops()}
+    with without_blocks():
+        yield
+    assert all(op.native_calls == before[op.name] for op in registered_ops() if op.name.startswith("packed_attention"))
+
+
+def losses_of(trainer, way: AbstractContextManager[None]) -> list[float]:
+    """The loss of each step, unrounded: what the trainer logs has four digits only."""
+    losses: list[float] = []
+    own = trainer.compute_loss
+
+    def compute_loss(*arguments, **named):
+        result = own(*arguments, **named)
+        losses.append(float((result[0] if isinstance(result, tuple) else result).detach()))
+        return result
+
+    trainer.compute_loss = compute_loss
+    with way:
+        trainer.train()
+    assert len(losses) == STEPS
+    return losses
+
+
+def assert_the_same_learning(fast: list[float], plain: list[float]) -> None:
+    assert fast == pytest.approx(plain, rel=1e-4)
+    assert fast[-1] < fast[0]
+
+
+def hf_trainer(model, tokenizer, out: Path):
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-    folder = write_tiny(tmp_path / "model", "llama", dtype=torch.bfloat16)
-    model, tokenizer, frozen = adapted(folder)
     encoded = []
     for row in ROWS:
         ids = tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=False)
         encoded.append({"input_ids": ids, "labels": ids})
     arguments = TrainingArguments(
-        str(tmp_path / "out"), per_device_train_batch_size=4, max_steps=8, learning_rate=1e-2, logging_steps=1, report_to=[],
+        str(out), per_device_train_batch_size=4, max_steps=STEPS, learning_rate=1e-2, logging_steps=1, report_to=[],
         use_cpu=True, save_steps=4, disable_tqdm=True,
     )  # fmt: skip
     collator = DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=-100)
-    trainer = Trainer(model=model, args=arguments, train_dataset=encoded, data_collator=collator)
-    with the_blocks_used(layers=2, steps=8):
-        trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[-1] < losses[0]
+    return Trainer(model=model, args=arguments, train_dataset=encoded, data_collator=collator)
+
+
+def trl_trainer(model, tokenizer, out: Path):
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    arguments = SFTConfig(
+        str(out), per_device_train_batch_size=4, max_steps=STEPS, learning_rate=1e-2, logging_steps=1, report_to=[],
+        use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True, gradient_checkpointing=False, max_length=128,
+    )  # fmt: skip
+    return SFTTrainer(model=model, args=arguments, train_dataset=Dataset.from_list(ROWS), processing_class=tokenizer)
+
+
+def check_trainer(make, folder: Path, tmp_path: Path) -> None:
+    """Trains through the blocks and, from the same start, through Transformers' modules; the losses are the same."""
+    model, tokenizer, frozen = adapted(folder)
+    fast = losses_of(make(model, tokenizer, tmp_path / "out"), the_blocks_used())
     assert_only_the_adapter_moved(model, frozen)
     assert_saved_adapter_gives_the_same_logits(model, folder, tmp_path / "adapter")
+    plain_model, tokenizer, _ = adapted(folder)
+    plain = losses_of(make(plain_model, tokenizer, tmp_path / "plain"), the_modules_used())
+    assert_the_same_learning(fast, plain)
+
+
+@pytest.mark.slow
+def test_hf_trainer(tmp_path: Path) -> None:
+    check_trainer(hf_trainer, write_tiny(tmp_path / "model", "llama", dtype=torch.bfloat16), tmp_path)
 
 
 @pytest.mark.slow
 def test_trl_sft_trainer(tmp_path: Path) -> None:
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
-    folder = write_tiny(tmp_path / "model", "qwen2", tied=True)
-    model, tokenizer, frozen = adapted(folder)
-    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
-    arguments = SFTConfig(
-        str(tmp_path / "out"), per_device_train_batch_size=4, max_steps=8, learning_rate=1e-2, logging_steps=1, report_to=[],
-        use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True, gradient_checkpointing=False, max_length=128,
-    )  # fmt: skip
-    trainer = SFTTrainer(model=model, args=arguments, train_dataset=Dataset.from_list(ROWS), processing_class=tokenizer)
-    with the_blocks_used(layers=2, steps=8):
-        trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[-1] < losses[0]
-    assert_only_the_adapter_moved(model, frozen)
-    assert_saved_adapter_gives_the_same_logits(model, folder, tmp_path / "adapter")
+    check_trainer(trl_trainer, write_tiny(tmp_path / "model", "qwen2", tied=True), tmp_path)

@@ -128,7 +128,7 @@ def test_weights_are_those_of_the_layers(tiny_llama: Path) -> None:
 def run(contender: str, seconds: list[float], memory: int, number: int = 1, **extra: Any) -> dict[str, Any]:
     """A record as a process leaves it: one warm-up step, then one pass a value of `seconds` over one batch."""
     steps = [
-        {"pass": n, "batch": 1, "seconds": s, "fma_peak": 1.5e11, "loss": 2.0, "computed_tokens": 90}
+        {"pass": n, "batch": 1, "seconds": s, "fma_peak": 1.5e11, "loss": 2.0, "computed_tokens": 90, "overhead_seconds": 0.02}
         for n, s in enumerate(seconds)
     ]
     warm = [{"batch": 0, "seconds": 9.0, "fma_peak": 1.5e11, "loss": 3.0}]
@@ -211,6 +211,7 @@ def test_verdicts_name_what_is_not_met() -> None:
     lines = race_table.verdicts(state, race_figures.figures_of(state))
     assert "snips, Luthier LoRA: speed over the best peer: 7.50, target at least 5.00: met" in lines
     assert "snips, Luthier LoRA: memory: 0.375, target at most 0.333: NOT met" in lines
+    assert "snips, Luthier LoRA: packing, clipping and update: 1.00%, target at most 3.00%: met" in lines
     assert "loss by step, 2 steps: 1.0e-05, target at most 1.0e-04: met" in lines
 
 
@@ -232,6 +233,7 @@ def test_tables_and_the_readme_section(tmp_path: Path) -> None:
     assert "![Bars](docs/bars.svg)" in text
     assert "2026-01-02" in text
     assert "snips 75.0%" in text
+    assert "packing, clipping and the optimiser: snips 1.0%" in text
     assert "multiply-add peak 150 GFLOP/s" in text
     (tmp_path / "other.md").write_text("nothing", encoding="utf-8")
     with pytest.raises(SystemExit, match="must hold the lines"):

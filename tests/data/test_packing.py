@@ -55,18 +55,20 @@ A, B, C = list(range(10, 20)), list(range(30, 36)), list(range(50, 58))
 
 
 def test_a_beginning_is_laid_once() -> None:
-    """A B 1, A C 2 and A B 3 are A (B (1, 3), C 2): rows in the order of their tokens, segments as a tree."""
-    examples = [example(grown(parts), [True] * len(grown(parts))) for parts in ([A, B, [1]], [A, C, [2]], [A, B, [3]])]
+    """A B 1, A C 2 and A B 3 are A (B (1, 3), C 2): rows in the order of their tokens, segments as a tree. Each has one more
+    token, which is only predicted."""
+    texts = [grown(parts) for parts in ([A, B, [1, 7]], [A, C, [2, 7]], [A, B, [3, 7]])]
+    examples = [example(text, [True] * len(text)) for text in texts]
     (pack,) = pack_examples(examples, max_tokens=100, share=True)
     assert pack.rows == [0, 2, 1]
     assert pack.ids.tolist() == [*A, *B, 1, 3, *C, 2]
     assert pack.starts.tolist() == [0, 10, 16, 17, 18, 27]
     assert pack.parents.tolist() == [-1, 0, 1, 1, 0]
-    assert (pack.tokens, pack.example_tokens, pack.supervised_tokens) == (27, 17 + 19 + 17, 16 + 18 + 16)
+    assert (pack.tokens, pack.example_tokens, pack.supervised_tokens) == (27, 17 + 19 + 17, 17 + 19 + 17)
 
 
 def test_duplicates_and_rows_that_go_on_from_a_whole_row() -> None:
-    examples = [example(ids, [True] * len(ids)) for ids in ([*A, 1, 2], A, A, [*A, 1, 2])]
+    examples = [example([*ids, 7], [True] * (len(ids) + 1)) for ids in ([*A, 1, 2], A, A, [*A, 1, 2])]
     (pack,) = pack_examples(examples, max_tokens=100, share=True)
     assert pack.ids.tolist() == [*A, 1, 2]
     assert pack.starts.tolist() == [0, 10, 12]
@@ -78,6 +80,19 @@ def test_a_short_beginning_is_not_worth_a_segment() -> None:
     (pack,) = pack_examples([example([5, 6, 7, n, n], [True] * 5) for n in (1, 2)], max_tokens=100, share=True)
     assert pack.parents.tolist() == [-1, -1]
     assert not pack.is_shared
+
+
+@pytest.mark.parametrize(
+    ("marks", "laid"),
+    [([0, 1, 1, 0, 0, 0], 2), ([0, 0, 0, 0, 0, 1], 5), ([0, 1, 0, 0, 0, 0], 1), ([1, 0, 0, 0, 0, 0], 1), ([0] * 6, 1)],
+)
+def test_nothing_behind_the_last_prediction_is_laid_where_rows_share(marks: list[int], laid: int) -> None:
+    one = example([11, 12, 13, 14, 15, 16], [mark == 1 for mark in marks])
+    (pack,) = pack_examples([one], max_tokens=100, share=True)
+    assert pack.ids.tolist() == one.ids[:laid]
+    assert pack.predict.tolist() == [t - 1 for t in range(1, 6) if marks[t]]
+    assert pack.targets.tolist() == [one.ids[t] for t in range(1, 6) if marks[t]]
+    assert pack_examples([one], max_tokens=100)[0].ids.tolist() == one.ids
 
 
 def some_trees(seed: int) -> list[Example]:
@@ -109,10 +124,11 @@ def test_every_example_can_be_read_back_from_a_tree(seed: int, max_tokens: int) 
         expected = []
         for row, places in zip(pack.rows, pack.places, strict=True):
             own = places.tolist()
-            assert pack.ids[places].tolist() == examples[row].ids
+            targets = [t for t in range(1, len(examples[row].ids)) if examples[row].supervised[t]]
+            assert pack.ids[places].tolist() == examples[row].ids[: max(targets, default=1)]
             # The way to the example's last token is its segments' texts, one after the other.
             assert any(text[: len(own)] == own for text in texts)
-            expected += [(own[t - 1], examples[row].ids[t]) for t in range(1, len(own)) if examples[row].supervised[t]]
+            expected += [(own[t - 1], examples[row].ids[t]) for t in targets]
         assert list(zip(pack.predict.tolist(), pack.targets.tolist(), strict=True)) == expected
     whole = sum(len(one.ids) for one in examples)
     assert max_tokens < 64 or sum(pack.tokens for pack in packs) < whole

@@ -120,7 +120,7 @@ def test_workload_is_what_the_loop_draws() -> None:
 
 
 def test_packing_keeps_order_and_lets_long_rows_alone() -> None:
-    load = Workload([[Row(10, 5), Row(20, 6), Row(30, 7)], [Row(25, 1)]], 2, 30)
+    load = Workload([[Row(10, 5, 10), Row(20, 6, 20), Row(30, 7, 30)], [Row(25, 1, 25)]], 2, 30)
     both = load.packing(30)
     assert (both.largest, both.supervised_largest, both.packs, both.most, both.tokens) == (30, 11, 1.5, 2, 42.5)
     assert load.packing(60).largest == 60
@@ -132,7 +132,7 @@ def test_packing_keeps_order_and_lets_long_rows_alone() -> None:
 def test_shared_beginnings_are_counted_as_the_packer_lays_them(max_tokens: int) -> None:
     draw = random.Random(3)
     ids = [[*[7] * draw.choice((0, 3, 9, 20)), *(draw.randrange(50) for _ in range(draw.randrange(2, 12)))] for _ in range(24)]
-    examples = [Example(one, [True] * len(one), [], "", None, "row") for one in ids]
+    examples = [Example(one, [draw.random() < 0.6 for _ in one], [], "", None, "row") for one in ids]
     config = make_config({"data": "x", "batch_size": 8, "epochs": 1})
     packing = workload(config, examples, share=True).packing(max_tokens)
     order = Order(config.seed, 24)
@@ -156,7 +156,7 @@ def planner(allowed_mb: float, length: int = 256, **keys: Any) -> Planner:
     """A model of 100 MB with 4 layers that keep 1 MB for 8 tokens each and 8 kB where recomputed; 50 MB of program."""
     costs = ByteCosts(kept=MB / 8, input=1000, working=MB / 16, recomputing=MB / 4, head=MB)
     memory = Memory(50 * MB, _Blueprint(), costs, 1000, False)  # type: ignore[arg-type]
-    load = Workload([[Row(length, 200)] * 8], 1, length)
+    load = Workload([[Row(length, 200, length)] * 8], 1, length)
     return Planner(RunConfig(data="x", **keys), load, memory, int(allowed_mb * MB))
 
 

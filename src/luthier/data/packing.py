@@ -25,7 +25,7 @@ class Pack:
     predict, targets: (S,) int64: the hidden state at predict[i] predicts the token targets[i]; where examples part, one
     hidden state predicts the next token of each.
     rows: for each example, its index in the list it came from; places: for each example, (length,) int64, where its
-    tokens stand in `ids`.
+    tokens stand in `ids`, of which the last ones may have been left out.
     """
 
     ids: Tensor
@@ -57,7 +57,7 @@ class Pack:
 
     @property
     def example_tokens(self) -> int:
-        """The sum of the examples' lengths."""
+        """The sum of the examples' lengths as they were laid."""
         return sum(len(places) for places in self.places)
 
     @property
@@ -73,8 +73,9 @@ class Pack:
 def pack_examples(examples: Sequence[Example], *, max_tokens: int, share: bool = False) -> list[Pack]:
     """Packs of at most `max_tokens` tokens; a longer example is its own pack.
 
-    Without `share` the order of the examples is kept and each is a segment. With it they are taken in the order of their
-    tokens, and what an example begins with in common with the one before it, is not laid again.
+    Without `share` the order of the examples is kept and each is a whole segment. With it they are taken in the order of
+    their tokens, what an example begins with in common with the one before it is not laid again, and what nothing
+    supervised comes after is not laid at all (`needed_ids`).
     The first token of an example has nothing before it that could predict it, so it never carries loss.
     Raises ShapeError for max_tokens below 1, an example without tokens, or a mask of another length than its ids.
     """
@@ -83,12 +84,21 @@ def pack_examples(examples: Sequence[Example], *, max_tokens: int, share: bool =
     for example in examples:
         _check(example)
     rows = range(len(examples))
-    order, shared = sharing_order([example.ids for example in examples]) if share else (rows, [0] * len(rows))
-    lengths = [len(examples[row].ids) for row in order]
+    texts = [needed_ids(example) if share else example.ids for example in examples]
+    order, shared = sharing_order(texts) if share else (rows, [0] * len(rows))
+    lengths = [len(texts[row]) for row in order]
     return [
-        _lay(examples, order[group.start : group.stop], shared[group.start : group.stop])
+        _lay(examples, texts, order[group.start : group.stop], shared[group.start : group.stop])
         for group in cut_in_groups(lengths, shared, max_tokens)
     ]
+
+
+def needed_ids(example: Example) -> list[int]:
+    """The tokens before the last supervised one, at least one: neither it nor what comes later is an input to a prediction."""
+    last = len(example.ids) - 1
+    while last > 1 and not example.supervised[last]:
+        last -= 1
+    return example.ids[: max(1, last)]
 
 
 def cut_in_groups(lengths: Sequence[int], shared: Sequence[int], max_tokens: int) -> Iterator[range]:
@@ -112,15 +122,15 @@ def _check(example: Example) -> None:
         )
 
 
-def _lay(examples: Sequence[Example], rows: Sequence[int], shared: Sequence[int]) -> Pack:
+def _lay(examples: Sequence[Example], texts: Sequence[list[int]], rows: Sequence[int], shared: Sequence[int]) -> Pack:
     tree, places = PrefixTree(), []
     predict: list[int] = []
     targets: list[int] = []
     for number, (row, common) in enumerate(zip(rows, shared, strict=True)):
         example = examples[row]
-        own = tree.add(example.ids, common if number else 0)
+        own = tree.add(texts[row], common if number else 0)
         places.append(torch.tensor(own))
-        marked = [t for t in range(1, len(own)) if example.supervised[t]]
+        marked = [t for t in range(1, len(example.ids)) if example.supervised[t]]
         predict += [own[t - 1] for t in marked]
         targets += [example.ids[t] for t in marked]
     starts, parents = tree.segments()

@@ -78,18 +78,20 @@ def _check_segments(starts: Tensor, parents: Tensor, tokens: int) -> None:
         raise ShapeError(
             f"starts must be int64 of shape (N + 1,) on the CPU; got {tuple(starts.shape)} {starts.dtype} {starts.device}."
         )
-    if starts[0] != 0 or starts[-1] != tokens or bool((starts.diff() < 0).any()):
+    # As plain numbers: for the few segments of a pack that is quicker than operations of torch, and every layer asks.
+    boundaries = starts.tolist()
+    if boundaries[0] != 0 or boundaries[-1] != tokens or any(end < begin for begin, end in pairwise(boundaries)):
         raise ShapeError(
             f"starts must rise from 0 to the number of tokens {tokens}; "
-            f"got {starts[:8].tolist()}{' ...' if starts.numel() > 8 else ''} ending with {int(starts[-1])}."
+            f"got {boundaries[:8]}{' ...' if len(boundaries) > 8 else ''} ending with {boundaries[-1]}."
         )
-    segments = starts.numel() - 1
+    segments = len(boundaries) - 1
     if parents.shape != (segments,) or parents.dtype != torch.int64 or parents.device.type != "cpu":
         raise ShapeError(
             f"parents must be int64 of shape ({segments},) on the CPU; got {tuple(parents.shape)} {parents.dtype} "
             f"{parents.device}."
         )
-    if bool((parents < -1).any()) or bool((parents >= torch.arange(segments)).any()):
+    if any(not -1 <= parent < number for number, parent in enumerate(parents.tolist())):
         raise ShapeError(f"a segment goes on from an earlier one or, with -1, from none; got parents {parents[:8].tolist()}.")
 
 

@@ -180,4 +180,4 @@ def check_tensor(tensor: Tensor, what: str, dtype: torch.dtype, shape: tuple[int
 def _fits(shape: torch.Size, expected: tuple[int | None, ...]) -> bool:
     if len(shape) != len(expected):
         return False
-    return [got if want is None else want for want, got in zip(expected, shape, strict=True)] == list(shape)
+    return all(want is None or want == got for want, got in zip(expected, shape, strict=True))

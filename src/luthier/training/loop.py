@@ -57,14 +57,15 @@ class Job:
 
     @cached_property
     def shares_prefixes(self) -> bool:
-        """Whether tokens that rows of a batch begin with in common are computed once."""
+        """Whether tokens that rows of a batch begin with in common are computed once, and ends without a target not at all."""
         return shares_prefixes(self.prepared.model)
 
 
 @dataclass(frozen=True)
 class StepOutcome:
     """What one step did. loss: mean over its supervised tokens. grad_norm: before clipping; not finite if it was skipped.
-    tokens: of the batch's rows; computed_tokens: those the model saw, a beginning that rows share once."""
+    tokens: of the batch's rows; computed_tokens: those the model saw: a beginning that rows share once, and nothing behind
+    the last token that predicts a target. gradient_seconds: of `seconds`, those in forward and backward passes."""
 
     loss: float
     grad_norm: float
@@ -74,6 +75,7 @@ class StepOutcome:
     computed_tokens: int
     supervised_tokens: int
     seconds: float
+    gradient_seconds: float
 
     @property
     def applied(self) -> bool:
@@ -148,15 +150,19 @@ def train_step(job: Job, batch: Sequence[Example]) -> StepOutcome:
     packs = pack_examples(batch, max_tokens=config.micro_batch_tokens, share=job.shares_prefixes)
     supervised_tokens = sum(pack.supervised_tokens for pack in packs)
     optimizer.zero_grad()
+    begun = time.perf_counter()
     loss = sum(_add_gradients(job, pack, batch, supervised_tokens) for pack in packs)
+    gradient_seconds = time.perf_counter() - begun
     grad_norm = optimizer.clip()
     learning_rate = job.prepared.schedule.learning_rate(step)
     if math.isfinite(grad_norm):
         optimizer.step(learning_rate)
     optimizer.zero_grad()
     seconds = time.perf_counter() - started
-    tokens, computed = sum(pack.example_tokens for pack in packs), sum(pack.tokens for pack in packs)
-    return StepOutcome(loss, grad_norm, learning_rate, len(batch), tokens, computed, supervised_tokens, seconds)
+    tokens, computed = sum(len(example.ids) for example in batch), sum(pack.tokens for pack in packs)
+    return StepOutcome(
+        loss, grad_norm, learning_rate, len(batch), tokens, computed, supervised_tokens, seconds, gradient_seconds
+    )
 
 
 def _add_gradients(job: Job, pack: Pack, batch: Sequence[Example], supervised_tokens: int) -> float:

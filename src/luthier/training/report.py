@@ -112,13 +112,14 @@ def _headline(files: RunFiles) -> list[Tile]:
 
 
 def _token_note(result: Mapping[str, Any]) -> str:
-    """How many tokens the run went through, and the share that was not computed because rows of a step share it."""
+    """How many tokens the run went through, and the share that was not computed: what rows of a step share, and ends
+    without a target."""
     tokens, computed = finite(result.get("tokens")), finite(result.get("computed_tokens"))
     if not tokens:
         return ""
     saved = 1 - computed / tokens if computed else 0
-    shared = f", {percent_text(round(saved, 3))} of them shared beginnings" if saved > 0 else ""
-    return f"{count_text(tokens)} tokens{shared}"
+    spared = f", {percent_text(round(saved, 3))} of them shared beginnings or behind the last target" if saved > 0 else ""
+    return f"{count_text(tokens)} tokens{spared}"
 
 
 def _resources(files: RunFiles) -> list[Tile]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from luthier.config import RunConfig
 from luthier.data import Example
-from luthier.data.packing import cut_in_groups
+from luthier.data.packing import cut_in_groups, needed_ids
 from luthier.models.prefix_tree import sharing_order
 from luthier.training.order import Order
 from luthier.training.schedule import total_examples, total_steps
@@ -19,7 +19,7 @@ MOST_SIMULATED = 100_000
 class Packing:
     """How the steps fall into packs of at most so many tokens. largest: tokens of the largest pack; supervised_largest:
     the most supervised tokens in one; packs: the mean number in a step; most: the largest number in one step; tokens: the
-    mean number of tokens in a step that are computed, a beginning that rows of a pack share once."""
+    mean number of tokens in a step that are computed: a beginning that rows of a pack share once, no end without a target."""
 
     largest: int
     supervised_largest: int
@@ -30,10 +30,12 @@ class Packing:
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens of an example, how many of them carry loss, and how many it begins with in common with the row before it."""
+    """Tokens of an example and how many of them carry loss; how many of its tokens a pack holds, and how many of those it
+    begins with in common with the row before it."""
 
     tokens: int
     supervised: int
+    laid: int
     shared: int = 0
 
 
@@ -66,7 +68,7 @@ class Workload:
     def truncated(self, length: int) -> Workload:
         """The same with every row cut to `length` tokens."""
         steps = [
-            [Row(min(row.tokens, length), min(row.supervised, length), min(row.shared, length)) for row in step]
+            [Row(*(min(count, length) for count in (row.tokens, row.supervised, row.laid, row.shared))) for row in step]
             for step in self.steps
         ]
         return Workload(steps, self.total_steps, min(self.longest, length))
@@ -91,7 +93,7 @@ class Workload:
 
 def workload(config: RunConfig, examples: Sequence[Example], *, share: bool = False) -> Workload:
     """The steps of the run that `config` describes over `examples`. share: as for `pack_examples`."""
-    rows = [Row(len(example.ids), sum(example.supervised[1:])) for example in examples]
+    rows = [Row(len(example.ids), sum(example.supervised[1:]), len(example.ids)) for example in examples]
     drawn = total_examples(config, len(rows))
     order = Order(config.seed, len(rows))
     steps = []
@@ -104,15 +106,18 @@ def workload(config: RunConfig, examples: Sequence[Example], *, share: bool = Fa
 def _shared(rows: list[Row], examples: list[Example], share: bool) -> list[Row]:
     if not share:
         return rows
-    order, shared = sharing_order([example.ids for example in examples])
-    return [replace(rows[number], shared=common) for number, common in zip(order, shared, strict=True)]
+    texts = [needed_ids(example) for example in examples]
+    return [
+        replace(rows[number], laid=len(texts[number]), shared=common)
+        for number, common in zip(*sharing_order(texts), strict=True)
+    ]
 
 
 def _packs(step: list[Row], max_tokens: int) -> list[tuple[int, int]]:
     """(tokens, supervised tokens) of each pack of the step."""
     packs = []
-    for group in cut_in_groups([row.tokens for row in step], [row.shared for row in step], max_tokens):
+    for group in cut_in_groups([row.laid for row in step], [row.shared for row in step], max_tokens):
         first, *others = (step[number] for number in group)
-        tokens = first.tokens + sum(row.tokens - row.shared for row in others)
+        tokens = first.laid + sum(row.laid - row.shared for row in others)
         packs.append((tokens, first.supervised + sum(row.supervised for row in others)))
     return packs

@@ -17,7 +17,9 @@ constexpr int kPanel = 6;  // 12 of 16
 constexpr int kPanel = 4;
 #endif
 
-// c[i][j] (+)= sum_k a(i, k) b[k][j] for R rows; a(i, k) = a[i row + k step], b and c with rows ldb and ldc apart.
+// c[i][j] = sum_k a(i, k) b[k][j] for R rows, added to c or to factors[i] c; a(i, k) = a[i row + k step], b and c with rows
+// ldb and ldc apart.
+enum class Onto { nothing, c, scaled };
 struct Operands {
   const float* a;
   std::int64_t row, step;
@@ -25,7 +27,8 @@ struct Operands {
   std::int64_t ldb;
   float* c;
   std::int64_t ldc, depth;
-  bool add;
+  Onto onto;
+  const float* factors;
 };
 
 template <int R, int NV>
@@ -34,7 +37,15 @@ LT_INLINE void block(const Operands& o, std::int64_t column) {
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j) sums[i][j] = o.add ? load(o.c + i * o.ldc + column + j * VL) : zero();
+    for (int j = 0; j < NV; ++j) sums[i][j] = o.onto == Onto::nothing ? zero() : load(o.c + i * o.ldc + column + j * VL);
+  }
+  if (o.onto == Onto::scaled) {
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      const vf factor = set1(o.factors[i]);
+#pragma GCC unroll 2
+      for (int j = 0; j < NV; ++j) sums[i][j] = sums[i][j] * factor;
+    }
   }
   const float* b = o.b + column;
   const float* a = o.a;
@@ -89,20 +100,22 @@ void products(const AttentionShape& s, const KeyTile& keys, const float* left, s
   for (std::int64_t i = 0; i < count; i += kPanel) {
     const int rows = int(at_most(kPanel, count - i));
     const std::int64_t last = seen(s, keys, i + rows - 1).last;
-    const Operands o = {left + i * s.q_stride(), s.q_stride(), 1,      right_turned, kTile,
-                        scores + i * kTile,      kTile,        s.size, false};
+    const Operands o = {left + i * s.q_stride(), s.q_stride(), 1,      right_turned,  kTile,
+                        scores + i * kTile,      kTile,        s.size, Onto::nothing, nullptr};
     panel(rows, o, last);
   }
 }
 
-// out[i] += sum_j p[i][j] right[j] over the keys that the panel sees.
+// out[i] += sum_j p[i][j] right[j] over the keys that the panel sees; with factors, out[i] times its factor first.
 void weighted(const AttentionShape& s, const KeyTile& keys, const float* p, std::int64_t count, const float* right,
-              float* out) {
+              float* out, Onto onto, const float* factors) {
   for (std::int64_t i = 0; i < count; i += kPanel) {
     const int rows = int(at_most(kPanel, count - i));
     const std::int64_t last = seen(s, keys, i + rows - 1).last;
-    if (last == 0) continue;
-    panel(rows, {p + i * kTile, kTile, 1, right, s.kv_stride(), out + i * s.q_stride(), s.q_stride(), last, true}, s.size);
+    if (last == 0 && onto != Onto::nothing) continue;
+    const Operands o = {p + i * kTile,         kTile,        1,    right, s.kv_stride(),
+                        out + i * s.q_stride(), s.q_stride(), last, onto,  factors + i};
+    panel(rows, o, s.size);
   }
 }
 
@@ -112,8 +125,8 @@ void gathered(const AttentionShape& s, const KeyTile& keys, const float* p, std:
     const int here = int(at_most(kPanel, keys.count - j));
     const std::int64_t first = at_least(0, j - keys.shift);  // the first query that sees key j
     if (first >= count) continue;
-    const Operands o = {p + first * kTile + j, 1,   kTile, rows + first * s.q_stride(), s.q_stride(), out + j * s.size, s.size,
-                        count - first,         true};
+    const Operands o = {p + first * kTile + j, 1,      kTile,         rows + first * s.q_stride(), s.q_stride(),
+                        out + j * s.size,      s.size, count - first, Onto::c,                     nullptr};
     panel(here, o, s.size);
   }
 }
@@ -135,38 +148,79 @@ LT_INLINE vf capped(const AttentionShape& s, vf score) {
   return s.softcap == 0 ? z : set1(s.softcap) * vtanh(z * set1(1 / s.softcap));
 }
 
-// Columns from `from` to the end of the tile become zero, so that products over whole panels may read them.
-LT_INLINE void clear(float* row, std::int64_t from) {
-  for (std::int64_t j = from; j < kTile; j += VL) store(row + j, zero());
+// Whether every query of the tile sees every key of it, and these fill whole vectors: nothing to mask.
+LT_INLINE bool is_open(const AttentionShape& s, const KeyTile& keys, std::int64_t queries) {
+  return keys.count % VL == 0 && seen(s, keys, 0).last == keys.count && seen(s, keys, queries - 1).first == 0;
 }
 
-// scores -> exp(z - largest), largest and total brought up to date; returns the factor for what was summed before.
-float softmax_row(const AttentionShape& s, float* row, Seen range, float* largest_z, float* total) {
-  if (range.first == range.last) {
-    clear(row, 0);
-    return 1;
-  }
+// Lane i: the largest of, or the sum over, the lanes of row i of `rows`, VL x VL.
+template <class Fn>
+LT_INLINE vf across(const float* rows, Fn join) {
+  alignas(64) float turned[VL * VL];
+  transpose(rows, VL, turned, VL);
+  vf joined = load(turned);
+#pragma GCC unroll 16
+  for (int i = 1; i < VL; ++i) joined = join(load(turned + i * VL), joined);
+  return joined;
+}
+
+// What the softmax of a query tile keeps between key tiles, a query a lane: the largest score, the sum of exp(score -
+// largest), and the factor for what was summed up before the present tile.
+struct Running {
+  alignas(64) float largest[kTile], total[kTile], factor[kTile];
+};
+
+// scores -> exp(z - largest) for up to VL rows from i on, whose sums run across vectors: row by row only what vectors do at
+// once. Columns up to the last that any of them sees are written, zero where a row does not see them.
+template <bool Open>
+LT_INLINE void softmax_rows(const AttentionShape& s, const KeyTile& keys, std::int64_t i, int count, float* scores, Running* run) {
+  alignas(64) float rows[VL * VL];
   const vf lanes = lane_numbers();
-  vf largest_of = set1(-INFINITY), sums = zero();
-  std::int64_t j = 0;
-  for (; j < range.last; j += VL) {
-    const vf z = masked(capped(s, load(row + j)), lanes, j, range, -INFINITY);
-    store(row + j, z);
-    largest_of = vmax(z, largest_of);
+  // As far as the last row sees of any panel of products that one of these rows is in.
+  const std::int64_t columns = Open ? keys.count : seen(s, keys, i + count + kPanel - 2).last;
+  for (int r = 0; r < VL; ++r) {
+    vf found = set1(-INFINITY);
+    float* row = scores + (i + r) * kTile;
+    const Seen range = Open || r >= count ? Seen{0, 0} : seen(s, keys, i + r);
+    for (std::int64_t j = 0; r < count && j < columns; j += VL) {
+      vf z = capped(s, load(row + j));
+      if (!Open) z = masked(z, lanes, j, range, -INFINITY);
+      store(row + j, z);
+      found = vmax(z, found);
+    }
+    store(rows + r * VL, found);
   }
-  const float before = *largest_z, found = largest(largest_of);
-  const float now = found > before ? found : before;
-  const float base = now == -INFINITY ? 0 : now;  // nothing but -Inf so far: weights of zero, where -Inf + Inf is NaN
-  for (std::int64_t i = 0; i < j; i += VL) {
-    const vf p = quick_exp(load(row + i) - set1(base));
-    store(row + i, p);
-    sums = sums + p;
+  const vf before = load(run->largest + i), now = vmax(across(rows, [](vf a, vf b) { return vmax(a, b); }), before);
+  const vf base = choose(less(set1(-INFINITY), now), now, zero());  // nothing but -Inf so far: weights of zero, not NaN
+  store(run->largest + i, now);
+  alignas(64) float bases[VL];
+  store(bases, base);
+  for (int r = 0; r < count; ++r) {
+    vf sums = zero();
+    float* row = scores + (i + r) * kTile;
+    const vf shift = set1(bases[r]);
+    for (std::int64_t j = 0; j < columns; j += VL) {
+      const vf p = quick_exp(load(row + j) - shift);
+      store(row + j, p);
+      sums = sums + p;
+    }
+    store(rows + r * VL, sums);
   }
-  clear(row, j);
-  const float factor = before == -INFINITY ? 0 : expf(before - now);
-  *largest_z = now;
-  *total = *total * factor + sum(sums);
-  return factor;
+  const vf factor = quick_exp(before - base);
+  store(run->factor + i, factor);
+  store(run->total + i, load(run->total + i) * factor + across(rows, [](vf a, vf b) { return a + b; }));
+}
+
+void softmax(const AttentionShape& s, const KeyTile& keys, std::int64_t queries, float* scores, Running* run) {
+  const bool open = is_open(s, keys, queries);
+  for (std::int64_t i = 0; i < queries; i += VL) {
+    const int count = int(at_most(VL, queries - i));
+    if (open) {
+      softmax_rows<true>(s, keys, i, count, scores, run);
+    } else {
+      softmax_rows<false>(s, keys, i, count, scores, run);
+    }
+  }
 }
 
 LT_INLINE void scale_row(float* row, std::int64_t size, float factor) {
@@ -175,43 +229,45 @@ LT_INLINE void scale_row(float* row, std::int64_t size, float factor) {
 
 void forward(const AttentionShape& s, const QueryTile& queries, const KeyTile* keys, std::int64_t tiles) {
   alignas(64) float scores[kTile * kTile];
-  float largest_z[kTile], total[kTile];
-  for (std::int64_t i = 0; i < queries.count; ++i) {
-    largest_z[i] = -INFINITY;
-    total[i] = 0;
-    for (std::int64_t d = 0; d < s.size; d += VL) store(queries.out + i * s.q_stride() + d, zero());
+  Running run;
+  for (std::int64_t i = 0; i < kTile; i += VL) {
+    store(run.largest + i, set1(-INFINITY));
+    store(run.total + i, zero());
   }
   for (const KeyTile* tile = keys; tile != keys + tiles; ++tile) {
     products(s, *tile, queries.q, queries.count, tile->k_turned, scores);
-    for (std::int64_t i = 0; i < queries.count; ++i) {
-      const float factor = softmax_row(s, scores + i * kTile, seen(s, *tile, i), largest_z + i, total + i);
-      if (factor != 1 && tile != keys) scale_row(queries.out + i * s.q_stride(), s.size, factor);
-    }
-    weighted(s, *tile, scores, queries.count, tile->v, queries.out);
+    softmax(s, *tile, queries.count, scores, &run);
+    weighted(s, *tile, scores, queries.count, tile->v, queries.out, tile == keys ? Onto::nothing : Onto::scaled, run.factor);
   }
   for (std::int64_t i = 0; i < queries.count; ++i) {
-    scale_row(queries.out + i * s.q_stride(), s.size, 1 / total[i]);
-    queries.lse[i * s.heads] = largest_z[i] + logf(total[i]);
+    scale_row(queries.out + i * s.q_stride(), s.size, 1 / run.total[i]);
+    queries.lse[i * s.heads] = run.largest[i] + logf(run.total[i]);
   }
 }
 
-// p = exp(z - lse) over the scores, and ds = p (dp - delta) dz/dscore over dp.
-void gradient_row(const AttentionShape& s, float* scores, float* dp, Seen range, float lse, float delta) {
-  const vf lanes = lane_numbers(), scale = set1(s.scale);
+// p = exp(z - lse) over the scores, and ds = p (dp - delta) dz/dscore over dp, zero where the row does not see the key, up to
+// the end of the tile: products over whole panels read that.
+template <bool Open>
+LT_INLINE void gradient_row(const AttentionShape& s, float* scores, float* dp, Seen range, float lse, float delta) {
+  const vf lanes = lane_numbers(), scale = set1(s.scale), shift = set1(lse), mean = set1(delta);
   std::int64_t j = 0;
   for (; j < range.last; j += VL) {
     const vf z = capped(s, load(scores + j));
-    const vf p = masked(quick_exp(z - set1(lse)), lanes, j, range, 0);
-    vf slope = scale;
+    vf p = quick_exp(z - shift), slope = scale;
+    if (!Open) p = masked(p, lanes, j, range, 0);
     if (s.softcap != 0) {
       const vf t = z * set1(1 / s.softcap);
       slope = scale * (set1(1.0f) - t * t);
     }
+    vf ds = p * (load(dp + j) - mean) * slope;
+    if (!Open) ds = masked(ds, lanes, j, range, 0);
     store(scores + j, p);
-    store(dp + j, masked(p * (load(dp + j) - set1(delta)) * slope, lanes, j, range, 0));
+    store(dp + j, ds);
   }
-  clear(scores, j);
-  clear(dp, j);
+  for (; j < kTile; j += VL) {
+    store(scores + j, zero());
+    store(dp + j, zero());
+  }
 }
 
 void backward(const AttentionShape& s, const QueryTile& queries, const KeyTile& keys, float* dq, float* dk, float* dv) {
@@ -219,12 +275,19 @@ void backward(const AttentionShape& s, const QueryTile& queries, const KeyTile& 
   alignas(64) float dp[kTile * kTile];
   products(s, keys, queries.q, queries.count, keys.k_turned, scores);
   products(s, keys, queries.dout, queries.count, keys.v_turned, dp);
+  const bool open = is_open(s, keys, queries.count);
   for (std::int64_t i = 0; i < queries.count; ++i) {
-    gradient_row(s, scores + i * kTile, dp + i * kTile, seen(s, keys, i), queries.lse[i * s.heads], queries.delta[i * s.heads]);
+    float *row = scores + i * kTile, *dp_row = dp + i * kTile;
+    const float lse = queries.lse[i * s.heads], delta = queries.delta[i * s.heads];
+    if (open) {
+      gradient_row<true>(s, row, dp_row, {0, keys.count}, lse, delta);
+    } else {
+      gradient_row<false>(s, row, dp_row, seen(s, keys, i), lse, delta);
+    }
   }
   gathered(s, keys, scores, queries.count, queries.dout, dv);
   gathered(s, keys, dp, queries.count, queries.q, dk);
-  weighted(s, keys, dp, queries.count, keys.k, dq);
+  weighted(s, keys, dp, queries.count, keys.k, dq, Onto::c, nullptr);
 }
 
 void delta(const AttentionShape& s, const float* dout, const float* out, std::int64_t rows, float* result) {
@@ -235,29 +298,10 @@ void delta(const AttentionShape& s, const float* dout, const float* out, std::in
   }
 }
 
-typedef float four __attribute__((vector_size(16)));
-#if defined(__clang__)
-#define LT_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
-#else
-typedef int four_int __attribute__((vector_size(16)));
-#define LT_SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, four_int{i, j, k, l})
-#endif
-
-// Four keys by four elements.
-LT_INLINE void turn_four(const float* rows, std::int64_t stride, float* turned) {
-  four r[4];
-  for (int i = 0; i < 4; ++i) std::memcpy(r + i, rows + i * stride, sizeof(four));
-  const four low01 = LT_SHUFFLE(r[0], r[1], 0, 4, 1, 5), high01 = LT_SHUFFLE(r[0], r[1], 2, 6, 3, 7);
-  const four low23 = LT_SHUFFLE(r[2], r[3], 0, 4, 1, 5), high23 = LT_SHUFFLE(r[2], r[3], 2, 6, 3, 7);
-  const four out[4] = {LT_SHUFFLE(low01, low23, 0, 1, 4, 5), LT_SHUFFLE(low01, low23, 2, 3, 6, 7),
-                       LT_SHUFFLE(high01, high23, 0, 1, 4, 5), LT_SHUFFLE(high01, high23, 2, 3, 6, 7)};
-  for (int i = 0; i < 4; ++i) std::memcpy(turned + i * kTile, out + i, sizeof(four));
-}
-
 void turn(const AttentionShape& s, const float* rows, std::int64_t count, float* turned) {
-  const std::int64_t stride = s.kv_stride(), whole = count / 4 * 4, padded = (count + VL - 1) / VL * VL;
-  for (std::int64_t j = 0; j < whole; j += 4) {
-    for (std::int64_t d = 0; d < s.size; d += 4) turn_four(rows + j * stride + d, stride, turned + d * kTile + j);
+  const std::int64_t stride = s.kv_stride(), whole = count / VL * VL, padded = (count + VL - 1) / VL * VL;
+  for (std::int64_t d = 0; d < s.size; d += VL) {
+    for (std::int64_t j = 0; j < whole; j += VL) transpose(rows + j * stride + d, stride, turned + d * kTile + j, kTile);
   }
   for (std::int64_t d = 0; d < s.size; ++d) {
     for (std::int64_t j = whole; j < padded; ++j) turned[d * kTile + j] = j < count ? rows[j * stride + d] : 0;

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -143,16 +144,33 @@ def _is_plain(norm: Any) -> bool:
 def _run_layers(model: Any, layers: list[Layer], hidden: Tensor, tokens: Tokens, rows: Tensor | None) -> Tensor:
     rotary = model.base_model.rotary_emb
     tables = {kind: rotary_tables(rotary, hidden, tokens, kind) for kind in {layer.rotary for layer in layers}}
-    obstacles = [choice.layer_obstacle(layer) for layer in layers]
-    _say(model, layers, obstacles)
+    ways = [_way_of(layer) for layer in layers]
+    _say(model, ways)
     with ExitStack() as stack:
-        if any(obstacles):
+        if any(way.obstacle for way in ways):
             stack.enter_context(packed_layout(model, tokens.starts.tolist()))
-        for number, (layer, obstacle) in enumerate(zip(layers, obstacles, strict=True)):
+        for number, way in enumerate(ways):
             wanted = rows if number == len(layers) - 1 else None
-            run = _own_layer if obstacle else _maybe_recomputed(layer)
-            hidden = run(hidden, layer, tokens, tables[layer.rotary], wanted)
+            run = _own_layer if way.obstacle else _maybe_recomputed(way.layer)
+            hidden = run(hidden, way, tokens, tables[way.layer.rotary], wanted)
     return hidden
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How a layer is computed: obstacle, to its being ours; and to its halves being one operation each."""
+
+    layer: Layer
+    obstacle: str | None
+    attention_obstacle: str | None = None
+    mlp_obstacle: str | None = None
+
+
+def _way_of(layer: Layer) -> _Way:
+    obstacle = choice.layer_obstacle(layer)
+    if obstacle is not None:
+        return _Way(layer, obstacle)
+    return _Way(layer, None, choice.half_obstacle(layer.attention), choice.half_obstacle(layer.mlp))
 
 
 def _maybe_recomputed(layer: Layer) -> Any:
@@ -160,24 +178,24 @@ def _maybe_recomputed(layer: Layer) -> Any:
     return _two_halves if again is None else partial(again, _two_halves)
 
 
-def _two_halves(hidden: Tensor, layer: Layer, tokens: Tokens, tables: Tables, rows: Tensor | None) -> Tensor:
-    attention = composed_attention if choice.half_obstacle(layer.attention) else fused_attention
-    mlp = composed_mlp if choice.half_obstacle(layer.mlp) else fused_mlp
-    return mlp(attention(hidden, layer.attention, tokens, tables, rows), layer.mlp)
+def _two_halves(hidden: Tensor, way: _Way, tokens: Tokens, tables: Tables, rows: Tensor | None) -> Tensor:
+    attention = composed_attention if way.attention_obstacle else fused_attention
+    mlp = composed_mlp if way.mlp_obstacle else fused_mlp
+    return mlp(attention(hidden, way.layer.attention, tokens, tables, rows), way.layer.mlp)
 
 
-def _own_layer(hidden: Tensor, layer: Layer, tokens: Tokens, tables: Tables, rows: Tensor | None) -> Tensor:
+def _own_layer(hidden: Tensor, way: _Way, tokens: Tokens, tables: Tables, rows: Tensor | None) -> Tensor:
     """Transformers' own module, inside `packed_layout`; its attention is told its window by the module itself."""
     positions, embeddings = tokens.positions[None], (tables[0][None], tables[1][None])
-    output = layer.module(hidden[None], attention_mask=None, position_ids=positions, position_embeddings=embeddings)[0]
+    output = way.layer.module(hidden[None], attention_mask=None, position_ids=positions, position_embeddings=embeddings)[0]
     return output if rows is None else output[rows]
 
 
-def _say(model: Any, layers: list[Layer], obstacles: list[str | None]) -> None:
+def _say(model: Any, ways: list[_Way]) -> None:
     """One line in the log for each reason, the first time it holds for this model."""
+    obstacles = [way.obstacle for way in ways]
     for obstacle in {obstacle for obstacle in obstacles if obstacle}:
         choice.say_once(model, f"{obstacles.count(obstacle)} layers run as Transformers' modules: {obstacle}.")
-    ours = [layer for layer, obstacle in zip(layers, obstacles, strict=True) if not obstacle]
-    reasons = [choice.half_obstacle(half) for layer in ours for half in (layer.attention, layer.mlp)]
+    reasons = [reason for way in ways if not way.obstacle for reason in (way.attention_obstacle, way.mlp_obstacle)]
     for reason in {reason for reason in reasons if reason}:
         choice.say_once(model, f"{reasons.count(reason)} of {len(reasons)} half layers are composed of parts: {reason}.")

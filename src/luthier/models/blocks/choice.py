@@ -6,7 +6,7 @@ more than that; Transformers' own layer where something stands in the way of bot
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from luthier import notices
 from luthier.kernels import native
-from luthier.linear import LowRankTerm
+from luthier.linear import LowRankLinear, LowRankTerm
 from luthier.models.blocks.description import AttentionHalf, Layer, MlpHalf
 from luthier.models.blocks.families import family_of
 from luthier.models.blocks.fused_attention import HEAD_UNIT
@@ -99,7 +99,7 @@ def is_watched(module: Any) -> bool:
     """Whether calling the module does more than its class says."""
     replaced = "forward" in module.__dict__ and not getattr(module, "is_recomputed", False)
     replaced = replaced and not getattr(module.forward, "uses_blocks", False)
-    return replaced or bool(_hooks(module))
+    return replaced or any(getattr(module, name) for name in _HOOKS)
 
 
 def _hooks(module: Any) -> list[Any]:
@@ -108,9 +108,13 @@ def _hooks(module: Any) -> list[Any]:
 
 def draws_masks(layer: Layer) -> bool:
     """Whether a term drops some of its input, each token by a mask of its own."""
-    linears = (*layer.attention.linears, *layer.mlp.linears)
-    terms = (module for linear in linears for module in linear.modules() if isinstance(module, LowRankTerm))
-    return any(term.dropout and term.training for term in terms)
+    inside = (module for linear in layer.linears for module in _inside(linear))
+    return any(isinstance(module, LowRankTerm) and module.dropout and module.training for module in inside)
+
+
+def _inside(linear: Any) -> Iterable[nn.Module]:
+    """Where terms may be. This is asked for every layer in every step, so the usual case does not walk the tree."""
+    return linear.terms.values() if type(linear) is LowRankLinear else linear.modules()
 
 
 def _drops(layer: Any) -> bool:

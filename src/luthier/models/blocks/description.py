@@ -10,6 +10,7 @@ the Transformers modules; nothing is copied.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -92,10 +93,21 @@ class Layer:
     rotary: str | None = None
 
     @property
+    def linears(self) -> tuple[Any, ...]:
+        return (*self.attention.linears, *self.mlp.linears)
+
+    @cached_property
     def bypassed(self) -> list[nn.Module]:
-        """The modules whose own forward the halves stand for: all but the linear layers."""
-        linears = {id(m) for linear in (*self.attention.linears, *self.mlp.linears) for m in linear.modules()}
-        return [module for module in self.module.modules() if id(module) not in linears]
+        """The modules whose own forward the halves stand for: all but the linear layers and what is inside those."""
+        return _modules_outside(self.module, {id(linear) for linear in self.linears})
+
+
+def _modules_outside(module: nn.Module, left_out: set[int]) -> list[nn.Module]:
+    found = [module]
+    for child in module._modules.values():
+        if child is not None and id(child) not in left_out:
+            found += _modules_outside(child, left_out)
+    return found
 
 
 def plain_norm(module: Any) -> Norm:
