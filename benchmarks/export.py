@@ -10,8 +10,10 @@ what is wrong. Greedy text: llama.cpp decodes every prompt, and each answer is t
 
 Asked of a form: peft and merged-*: logits within 1e-4 of the largest, of what was trained where nothing is rounded, else of the
 stored merge. gguf-f16, and gguf-adapter on the base's own file: the same greedy text on 97 % of rows, loss within 0.5 %.
-gguf-adapter-f16 is the adapter's file on the base written in float16: what it differs by less is llama.cpp's rounding,
-to 8 bits, of what it multiplies with blocks.
+gguf-adapter-f16 is the adapter's file on the base written in float16, and rounded-inputs is our own forward on the base as it
+is with the inputs of blocks in 8 bits, as llama.cpp takes them (export_rounding.py): what gguf-adapter differs by more than the
+first, and as much as the second, is that rounding. "loss apart" is the loss over that of the model as trained, less one, with
+the 95 % interval over rows (paired bootstrap): what lies across 0 may be chance.
 `--forms` not given: all that the run can have. The JSON file is written after each form; what it has is not measured again.
 """
 
@@ -26,6 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import export_rounding
 from common import describe_machine, write_json
 
 # Libraries look for packages called as scripts in this folder are.
@@ -40,11 +43,12 @@ if TYPE_CHECKING:
 
 FORMS = (
     "peft", "merged-f32", "merged-bf16", "merged-nf4", "mlx", "gguf-f16", "gguf-bf16", "gguf-q8_0", "gguf-q6_k", "gguf-q4_k",
-    "gguf-q4_1", "gguf-q4_0", "gguf-asis", "gguf-adapter", "gguf-adapter-f16",
+    "gguf-q4_1", "gguf-q4_0", "gguf-asis", "gguf-adapter", "gguf-adapter-f16", "rounded-inputs",
 )  # fmt: skip
 ON_TEXT = ("gguf-f16", "gguf-adapter")
 LOGITS, TEXT, LOSS = 1e-4, 0.97, 0.005
 REFERENCE_BYTES = 8 << 30
+DRAWS = 2000
 
 
 @dataclass
@@ -129,9 +133,10 @@ def train_side(run: Path, options: argparse.Namespace) -> Trained:
 def measure(trained: Trained, form: str, options: argparse.Namespace) -> dict[str, Any]:
     """One form's figures, or why it has none."""
     from luthier.errors import LuthierError
-    from luthier.export.compare import difference_to
     from luthier.export.export import export
 
+    if form == "rounded-inputs":
+        return measure_rounding(trained)
     to, kind = ("gguf-adapter", "") if form.startswith("gguf-adapter") else form.partition("-")[::2]
     folder = options.work / f"{trained.subject.name}-{form}"
     began = time.perf_counter()
@@ -142,8 +147,8 @@ def measure(trained: Trained, form: str, options: argparse.Namespace) -> dict[st
         opened = OPENERS[to](trained, folder, options)
     except LuthierError as error:
         return {"left_out": str(error)}
-    difference = difference_to(trained.reference, opened.logits)
-    row: dict[str, Any] = {"by": opened.by, "note": opened.note, "seconds_to_export": seconds, "trained": asdict(difference)}
+    row: dict[str, Any] = {"by": opened.by, "note": opened.note, "seconds_to_export": seconds}
+    row |= compared(trained.reference, opened.logits)
     row["size_bytes"] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if to == "merged" and kind != "f32":
         row["stored"] = asdict(against_stored(trained, folder, kind, options))
@@ -151,6 +156,42 @@ def measure(trained: Trained, form: str, options: argparse.Namespace) -> dict[st
         same = [one == other for one, other in zip(opened.answers, trained.answers, strict=True)]
         row["equal_text"] = sum(same) / len(same)
     return row | {"asked": asked(form, row)}
+
+
+def measure_rounding(trained: Trained) -> dict[str, Any]:
+    from luthier.adapters.targets import low_rank_layers
+    from luthier.matrices import GGUFMatrix
+
+    if not any(isinstance(layer.matrix, GGUFMatrix) for layer in low_rank_layers(trained.subject.model).values()):
+        return {"left_out": "the base has no blocks of a GGUF file"}
+    row = {"by": "our forward, inputs of blocks in 8 bits", "note": "", "size_bytes": 0, "asked": None}
+    return row | compared(trained.reference, export_rounding.rounded_logits(trained.subject.model, trained.reference))
+
+
+def compared(reference: Reference, logits: Iterator[Tensor]) -> dict[str, Any]:
+    """What differs from the model as trained, and how far the losses are apart, with the interval over rows."""
+    import torch
+    import torch.nn.functional as F
+
+    from luthier.export.compare import difference_to
+
+    sums = torch.zeros(2, reference.rows, dtype=torch.float64)
+
+    def summed() -> Iterator[Tensor]:
+        for pack, rows, wanted, got in zip(reference.packs, reference.row_of, reference.logits, logits, strict=True):
+            for side, own in zip(sums, (wanted, got), strict=True):
+                side.index_add_(0, rows, F.cross_entropy(own, pack.targets, reduction="none").to(torch.float64))
+            yield got
+
+    difference = difference_to(reference, summed())
+    draws = torch.randint(reference.rows, (DRAWS, reference.rows), generator=torch.Generator().manual_seed(0))
+    before, after = (side[draws].sum(1) for side in sums)
+    interval = torch.quantile(after / before - 1, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return {
+        "trained": asdict(difference),
+        "loss_apart": float(sums[1].sum() / sums[0].sum() - 1),
+        "loss_apart_interval": interval,
+    }
 
 
 def asked(form: str, row: dict[str, Any]) -> bool | None:
@@ -319,19 +360,20 @@ OPENERS: dict[str, Callable[[Trained, Path, argparse.Namespace], Opened]] = {
 
 def table(runs: dict[str, dict[str, Any]]) -> str:
     """Markdown, a line a form."""
-    heads = ["run", "form", "opened by", "MB", "logits: trained", "logits: stored", "loss", "loss trained", "next token",
-             "greedy text", "as asked"]  # fmt: skip
+    heads = ["run", "form", "opened by", "MB", "logits: trained", "logits: stored", "loss", "loss trained", "loss apart",
+             "95 %", "next token", "greedy text", "as asked"]  # fmt: skip
     lines = [heads, ["---"] * len(heads)]
     for run, forms in runs.items():
         for form, row in forms.items():
             if "left_out" in row:
-                lines.append([run, form, f"left out: {row['left_out'].splitlines()[0]}", *[""] * 8])
+                lines.append([run, form, f"left out: {row['left_out'].splitlines()[0]}", *[""] * 10])
                 continue
             trained, by = row["trained"], row["by"] + (f"; {row['note']}" if row["note"] else "")
             lines.append([
                 run, form, by, f"{row['size_bytes'] / 1e6:.0f}", f"{trained['largest_logits_error']:.1e}",
                 f"{row['stored']['largest_logits_error']:.1e}" if "stored" in row else "", f"{trained['loss']:.5f}",
-                f"{trained['loss_reference']:.5f}", f"{trained['token_agreement']:.2%}",
+                f"{trained['loss_reference']:.5f}", f"{row['loss_apart']:+.2%}",
+                "{:+.2%} to {:+.2%}".format(*row["loss_apart_interval"]), f"{trained['token_agreement']:.2%}",
                 f"{row['equal_text']:.1%}" if "equal_text" in row else "",
                 {True: "yes", False: "no", None: ""}[row["asked"]],
             ])  # fmt: skip

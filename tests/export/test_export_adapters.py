@@ -10,6 +10,8 @@ import gguf
 import pytest
 import torch
 from exporting import adapted, logits, ours, relative, row_file
+from gguf import GGMLQuantizationType as Kind
+from gguf_tiny import random_model, write_gguf
 from peft_pair import with_peft
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -17,11 +19,13 @@ from tiny import write_tiny
 
 import luthier
 from luthier.adapters import load_adapter
+from luthier.config import NF4Options
 from luthier.errors import AdapterError, ConfigError
 from luthier.export.export import export
 from luthier.export.gguf_adapter import read_adapter
 from luthier.export.subject import open_subject
 from luthier.linear import LowRankLinear, LowRankTerm
+from luthier.models.quantize import quantize
 
 SPECS: list[dict[str, Any]] = [
     {},
@@ -168,3 +172,15 @@ def test_peft_opens_every_variant(tmp_path: Path, spec: dict[str, Any]) -> None:
     load_adapter(model, tmp_path / "out")
     assert torch.equal(logits(model), logits(ours(tmp_path)))
     assert "PeftModel.from_pretrained" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_what_an_adapter_was_trained_on_is_said(tmp_path: Path) -> None:
+    """On other weights than those it was trained on an adapter computes something else."""
+    plain_base = adapted(tmp_path / "plain")
+    assert export(str(plain_base), to="peft", out=tmp_path / "plain" / "out").notes == []
+    quantize(str(tmp_path / "plain" / "model"), tmp_path / "nf4", nf4=NF4Options(double_quant=False))
+    export(str(adapted(tmp_path / "qlora", model=tmp_path / "nf4")), to="peft", out=tmp_path / "qlora" / "out")
+    assert "bnb_4bit_use_double_quant=False" in (tmp_path / "qlora" / "out" / "README.md").read_text()
+    blocks = write_gguf(tmp_path / "blocks.gguf", random_model("llama"), "llama", Kind.Q4_1)
+    (note,) = export(str(adapted(tmp_path / "asis", model=blocks)), to="gguf-adapter", out=tmp_path / "asis" / "out").notes
+    assert "trained on the blocks of blocks.gguf (q4_1)" in note

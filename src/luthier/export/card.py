@@ -176,7 +176,7 @@ def how_to_run(subject: Subject, to: str, files: Sequence[str]) -> str:
 
 
 def _notes(notes: Sequence[str]) -> str:
-    return "## Notes\n\n" + "\n".join(f"- {_plain(note)}" for note in notes) + "\n" if notes else ""
+    return "## Notes\n\n" + "\n".join(f"- {_plain(note, 600)}" for note in notes) + "\n" if notes else ""
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -184,6 +184,6 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def _plain(value: Any) -> str:
+def _plain(value: Any, most: int = 200) -> str:
     """A value on one line, without what would end a table's cell or a span of code."""
-    return shortened(str(value), 200).replace("|", "\\|").replace("`", "'")
+    return shortened(str(value), most).replace("|", "\\|").replace("`", "'")

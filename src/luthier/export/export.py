@@ -257,6 +257,8 @@ def _check_merge(job: _Job, merge: Merge) -> list[Verification]:
 
 def _write_adapter(job: _Job, to: str) -> Callable[[], Sequence[Verification]]:
     subject, stage = job.subject, job.stage
+    if subject.base_note is not None:
+        job.report.notes.append(subject.base_note)
     if to == "peft":
         scratch = stage / "adapter"
         save_adapter(subject.model, scratch, base_name=_loadable_base(subject))

@@ -13,10 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from luthier.adapters import load_adapter
 from luthier.adapters.base_record import BASE_FILE
 from luthier.adapters.peft_config import CONFIG_FILE
+from luthier.adapters.targets import low_rank_layers
 from luthier.config import NF4Options, RunConfig, make_config
 from luthier.data import Example, Renderer, RowCache, load_examples
 from luthier.errors import AdapterError, ConfigError, DataError
+from luthier.export.forms import DENSE
 from luthier.export.mlx import is_mlx, mlx_base_name, to_peft_folder
+from luthier.matrices import NF4Matrix
 from luthier.models.load import Loaded, load, open_weights
 from luthier.models.skeleton import build_skeleton
 from luthier.models.smollm2 import ALIAS, HUB_NAME
@@ -51,6 +54,24 @@ class Subject:
     def is_full(self) -> bool:
         """Whether every weight was trained: there is no base below it, nor an adapter."""
         return self.config is not None and self.config.method == "full"
+
+    @property
+    def base_note(self) -> str | None:
+        """What a program must load below the adapter to compute what was trained, where the base is not in plain weights."""
+        matrices = [layer.matrix for layer in low_rank_layers(self.model).values()]
+        kinds = {matrix.kind for matrix in matrices} - set(DENSE)
+        double = next((matrix.double_quant for matrix in matrices if isinstance(matrix, NF4Matrix)), None)
+        if double is not None:
+            return (
+                "The adapter was trained on the base in NF4; on other weights it computes something else. In Transformers: "
+                f"BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant={double})."
+            )
+        if not kinds:
+            return None
+        return (
+            f"The adapter was trained on the blocks of {self.source.path.name} ({', '.join(sorted(kinds))}); on weights of the "
+            "base that differ from these it computes something else. Merged, or in llama.cpp on that file, it does not."
+        )
 
     @property
     def base_name(self) -> str:
