@@ -72,7 +72,7 @@ def half_obstacle(half: AttentionHalf | MlpHalf) -> str | None:
     return None
 
 
-def recomputing(layer: nn.Module) -> Callable[..., Any] | None:
+def recomputing(layer: Any) -> Callable[..., Any] | None:
     """What runs the layer a second time in backward, called with a function and its inputs; None where everything is kept.
 
     torch's checkpoint for layers marked by `set_recomputed`; where Transformers' own switch is on, its function with the
@@ -81,7 +81,7 @@ def recomputing(layer: nn.Module) -> Callable[..., Any] | None:
     if getattr(layer, "is_recomputed", False):
         return partial(checkpoint, use_reentrant=False)
     if getattr(layer, "gradient_checkpointing", False) and layer.training:
-        return layer._gradient_checkpointing_func  # type: ignore[return-value]
+        return layer._gradient_checkpointing_func
     return None
 
 
