@@ -11,6 +11,8 @@ from luthier.errors import ShapeError
 from luthier.matrices import products
 
 STORAGE_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+# Numbers that are checked at the same time: what stands beside them is a few bytes each.
+CHECKED_AT_ONCE = 2**18
 
 
 class DenseMatrix(nn.Module):
@@ -85,7 +87,8 @@ class DenseMatrix(nn.Module):
     @torch.no_grad()
     def not_finite(self) -> int:
         """How many weights are NaN or Inf."""
-        return sum(int((~torch.isfinite(rows)).sum()) for rows in self.weight.split(4096))
+        few = max(1, CHECKED_AT_ONCE // max(1, self.weight.shape[1]))
+        return sum(int((~torch.isfinite(rows)).sum()) for rows in self.weight.split(few))
 
     def extra_repr(self) -> str:
         return f"{self.shape[0]}x{self.shape[1]}, {str(self.weight.dtype).removeprefix('torch.')}"

@@ -98,7 +98,7 @@ def read_matrix(source: WeightSource, name: str, key: str, wanted: Storage | str
     """
     kind = stored_as(source, name)
     in_blocks = source.kind(name) in KINDS
-    if wanted == kind and in_blocks:
+    if wanted == kind and source.kind(name):
         return source.matrix(name)
     if wanted == kind and source.dtype(name) in STORAGE_DTYPES.values():
         return DenseMatrix(source.tensor(name, mapped=True), transposed)
