@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from luthier.models.compressed_folder import stored_bytes, write_compressed
 from luthier.models.load import Loaded, load, open_weights
 from luthier.models.source import resolve
 from luthier.progress import Progress
+from luthier.training.allocator import release_free_memory, set_freed_memory_kept
 from luthier.units import size_text
 
 WORK, PLAIN = ".work", "plain nf4"
@@ -76,6 +76,7 @@ def compress(settings: CompressSettings, progress: Progress | None = None) -> Re
     Raises PreflightError for a budget that cannot be met or a full disk, ConfigError, DataError, and what `load` raises.
     """
     began = time.monotonic()
+    set_freed_memory_kept(False)
     try:
         settings.out.parent.mkdir(parents=True, exist_ok=True)
         with publish(settings.out) as stage:
@@ -110,7 +111,7 @@ def _run(settings: CompressSettings, stage: Path, progress: Progress | None) -> 
     candidates = [before, _build(job, loaded, plans[0])]
     del loaded, model, prober.model
     for plan in plans[1:]:
-        gc.collect()
+        release_free_memory()
         candidates.append(_build(job, load(settings.model, base=sixteen, offline=settings.offline), plan))
     fitting = _fitting(candidates[1:], budget, settings.bits)
     chosen, form = _finish(job, fitting)
