@@ -14,6 +14,7 @@ from luthier.compression import runner
 from luthier.compression.report import Report
 from luthier.compression.runner import compress
 from luthier.compression.settings import Budget, CompressSettings
+from luthier.compression.texts import read_texts
 from luthier.errors import ConfigError, DataError, PreflightError
 from luthier.models.load import load
 
@@ -95,8 +96,6 @@ def test_without_data_the_model_writes_its_own_text_and_that_is_said(model: Path
 
 
 def test_calibration_and_evaluation_never_overlap(model: Path, text: str) -> None:
-    from luthier.compression.texts import read_texts
-
     loaded = load(str(model))
     for evaluation in (None, text):
         texts = read_texts(settings(model, Path("nowhere"), text, eval_data=evaluation), loaded.model, loaded.tokenizer)
@@ -108,6 +107,19 @@ def test_calibration_and_evaluation_never_overlap(model: Path, text: str) -> Non
         assert not windows[0] & windows[2]
         assert not windows[1] & windows[2]
     assert any("are in --eval-data too" in note for note in texts.notes)
+
+
+def test_rows_that_are_measured_on_are_left_out_of_calibration(model: Path, tmp_path: Path) -> None:
+    rows = [json.dumps({"text": f"Row {number}: {line}"}) for number, line in enumerate(LINES[:60])]
+    (tmp_path / "all.jsonl").write_text("\n".join(rows))
+    (tmp_path / "held.jsonl").write_text("\n".join(rows[::7]))
+    loaded = load(str(model))
+    wanted = settings(model, tmp_path / "out", str(tmp_path / "all.jsonl"), eval_data=str(tmp_path / "held.jsonl"))
+    texts = read_texts(wanted, loaded.model, loaded.tokenizer)
+    assert "9 rows of --data are in --eval-data too and were left out of calibration." in texts.notes
+    used = {tuple(pack.ids.tolist()) for pack in (*texts.calibration, *texts.validation)}
+    assert used
+    assert not used & {tuple(pack.ids.tolist()) for pack in texts.evaluation}
 
 
 def test_a_budget_that_cannot_be_met_is_refused_and_leaves_nothing(model: Path, text: str, tmp_path: Path) -> None:
