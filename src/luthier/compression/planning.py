@@ -135,10 +135,17 @@ def _check_fits(options: dict[str, list[Option]], budget: int) -> None:
         )
 
 
-def uniform_plan(facts: Sequence[GroupFacts], tables: Sequence[Table], prober: Prober, budget: int) -> Plan | None:
-    """The best of the plans that treat all linear layers alike, by expected rise, that fits; None where none does."""
+def uniform_plan(
+    facts: Sequence[GroupFacts], tables: Sequence[Table], prober: Prober, budget: int, *, factored: bool = False
+) -> Plan | None:
+    """The best of the plans that treat all linear layers alike, by expected rise, that fits; None where none does.
+
+    factored: only plans in which every layer has factors, which healing can train.
+    """
     best: Plan | None = None
     for options in _families(facts, prober):
+        if factored and not options[0].specs[0].rank:
+            continue
         for kind in tables[0].rises if tables else [""]:
             size = sum(option.size_bytes for option in options) + sum(part_bytes(kind, *table.shape) for table in tables)
             rise = sum(option.loss for option in options) + sum(table.rises.get(kind, 0.0) for table in tables)
@@ -148,7 +155,9 @@ def uniform_plan(facts: Sequence[GroupFacts], tables: Sequence[Table], prober: P
                     for group, option in zip(facts, options, strict=True)
                     for name, spec in zip(group.names, option.specs, strict=True)
                 }
-                best = Plan("uniform", layers, {table.name: kind for table in tables}, size, rise)
+                best = Plan(
+                    "uniform in factors" if factored else "uniform", layers, {table.name: kind for table in tables}, size, rise
+                )
     return best
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -26,13 +25,15 @@ from luthier.config import Storage
 from luthier.errors import PreflightError
 from luthier.linear import count_numbers
 from luthier.models.cache import publish
+from luthier.models.compressed_description import is_compressed
 from luthier.models.compressed_folder import stored_bytes, write_compressed
 from luthier.models.load import Loaded, load, open_weights
 from luthier.models.source import resolve
 from luthier.progress import Progress
+from luthier.training.allocator import release_free_memory, set_freed_memory_kept
 from luthier.units import size_text
 
-WORK = ".work"
+WORK, PLAIN = ".work", "plain nf4"
 # Weights in these blocks lie on a grid of 4 bits already, which storages of this kind find again.
 FOUR_BIT_BLOCKS = ("q4_0", "q4_1", "q4_k")
 
@@ -75,6 +76,7 @@ def compress(settings: CompressSettings, progress: Progress | None = None) -> Re
     Raises PreflightError for a budget that cannot be met or a full disk, ConfigError, DataError, and what `load` raises.
     """
     began = time.monotonic()
+    set_freed_memory_kept(False)
     try:
         settings.out.parent.mkdir(parents=True, exist_ok=True)
         with publish(settings.out) as stage:
@@ -101,7 +103,7 @@ def _run(settings: CompressSettings, stage: Path, progress: Progress | None) -> 
     prober = Prober(model, settings.bits, sixteen, gain_names(groups))
     walk(model, texts.calibration, groups, prober.visit, changes=False, progress=progress, stage="trying every layer")
     tables = tables_of(model, texts.validation, prober, progress)
-    plans = _plans(prober, tables, budget - fixed_bytes(model))
+    plans = _plans(prober, tables, budget - fixed_bytes(model), heals=settings.heal > 0)
     teacher = teacher_of(model, texts.calibration) if settings.heal else None
     job = _Job(settings, stage, progress, sixteen, texts, groups, prober.facts, tables, budget, original, teacher, notes)
     notes += [*loaded.notes, *texts.notes]
@@ -109,10 +111,10 @@ def _run(settings: CompressSettings, stage: Path, progress: Progress | None) -> 
     candidates = [before, _build(job, loaded, plans[0])]
     del loaded, model, prober.model
     for plan in plans[1:]:
-        gc.collect()
+        release_free_memory()
         candidates.append(_build(job, load(settings.model, base=sixteen, offline=settings.offline), plan))
-    chosen = _chosen(candidates[1:], budget)
-    form = _finish(job, chosen)
+    fitting = _fitting(candidates[1:], budget, settings.bits)
+    chosen, form = _finish(job, fitting)
     _remove_work(stage)
     return Report(
         model=settings.model,
@@ -155,21 +157,25 @@ def _mean(model: Any, texts: Texts) -> float:
     return mean_loss(model, texts.validation)
 
 
-def _plans(prober: Prober, tables: list[Table], budget: int) -> list[Plan]:
-    """The allocated plan, the best uniform one where it is another, and plain NF4 for comparison."""
+def _plans(prober: Prober, tables: list[Table], budget: int, *, heals: bool) -> list[Plan]:
+    """The allocated plan, the best uniform one where it is another, and plain NF4 for comparison.
+
+    heals: one in which all layers have factors too, where neither of these has any.
+    """
     plans = [allocated_plan(prober.facts, tables, prober, budget)]
     uniform = uniform_plan(prober.facts, tables, prober, budget)
     if uniform is not None and uniform.layers != plans[0].layers:
         plans.append(uniform)
-    if prober.bits != "16":
-        plans.append(nf4_plan(prober.facts, tables, prober, budget))
-    return plans
+    if heals and not any(_has_factors(plan) for plan in plans):
+        factored = uniform_plan(prober.facts, tables, prober, budget, factored=True)
+        plans += [] if factored is None else [factored]
+    return [*plans, nf4_plan(prober.facts, tables, prober, budget)]
 
 
 def _build(job: _Job, loaded: Loaded, plan: Plan) -> Candidate:
     """Build one plan on a dense model, measure it and keep it on disk."""
     model, say = loaded.model, job.say(plan.name)
-    build(model, job.texts.calibration, job.groups, plan.layers, plan.tables, say, in_metric=plan.name != "plain nf4")
+    build(model, job.texts.calibration, job.groups, plan.layers, plan.tables, say, in_metric=plan.name != PLAIN)
     job.look()
     folder = job.stage / WORK / plan.name.replace(" ", "-")
     folder.mkdir(parents=True)
@@ -190,48 +196,58 @@ def _weights_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def _chosen(candidates: list[Candidate], budget: int) -> Candidate:
-    """The one with the least loss on text that none was fitted to, of those within the budget."""
-    fitting = [one for one in candidates if one.size_bytes <= budget]
+def _fitting(candidates: list[Candidate], budget: int, bits: str) -> list[Candidate]:
+    """Those that may be the result: within the budget, and not in 4 bits where 16 were asked for; the best first."""
+    fitting = [one for one in candidates if one.size_bytes <= budget and not (bits == "16" and one.name == PLAIN)]
     if not fitting:
         smallest = min(candidates, key=lambda one: one.size_bytes)
         raise PreflightError(
             f"the budget is {size_text(budget)}; the smallest result takes {size_text(smallest.size_bytes)}. Raise --budget."
         )
-    return min(fitting, key=lambda one: one.validation_loss)
+    return sorted(fitting, key=lambda one: one.validation_loss)
 
 
-def _finish(job: _Job, chosen: Candidate) -> str:
-    """Heal the chosen model where that was asked for, and put its files where the result is to be."""
-    assert chosen.folder is not None
-    if job.teacher is None or not _has_factors(chosen):
-        if job.settings.heal:
-            job.notes.append(
-                f"Nothing was healed: the plan that was chosen ({chosen.name}) has no factors to train at this budget."
-            )
-        for path in sorted(chosen.folder.iterdir()):
-            shutil.move(path, job.stage / path.name)
-        return "bitsandbytes" if not (job.stage / "compression.json").exists() else "luthier"
-    loaded = load(str(chosen.folder))
+def _finish(job: _Job, fitting: list[Candidate]) -> tuple[Candidate, str]:
+    """The result and its form, its files where they are to be. fitting: the best first.
+
+    Healing is tried on the best that has factors, and kept where that is then the best of all.
+    """
+    best = fitting[0]
+    factored = next((one for one in fitting if one.plan is not None and _has_factors(one.plan)), None)
+    if job.teacher is not None and factored is not None:
+        healed = _healed(job, job.teacher, factored, best)
+        if healed is not None:
+            return factored, healed
+    elif job.teacher is not None:
+        job.notes.append("Nothing was healed: no plan with factors to train fits this budget.")
+    assert best.folder is not None
+    for path in sorted(best.folder.iterdir()):
+        shutil.move(path, job.stage / path.name)
+    return best, "luthier" if is_compressed(job.stage) else "bitsandbytes"
+
+
+def _healed(job: _Job, teacher: Teacher, candidate: Candidate, best: Candidate) -> str | None:
+    """Heal the candidate and write it as the result; None, with a note, where another is still better."""
+    loaded = load(str(candidate.folder))
     model = loaded.model
-    before = chosen.validation_loss
-    heal(model, job.teacher, job.texts.calibration, job.settings.heal, seed=job.settings.seed, progress=job.say("healing"))
-    after = _mean(model, job.texts)
+    settings = job.settings
+    heal(model, teacher, job.texts.calibration, settings.heal, seed=settings.seed, progress=job.say("healing"))
+    before, after = candidate.validation_loss, _mean(model, job.texts)
     job.look()
-    if after >= before:
-        job.notes.append(f"Healing did not help ({before:.4f} before, {after:.4f} after on kept-out text) and was dropped.")
-        for path in sorted(chosen.folder.iterdir()):
-            shutil.move(path, job.stage / path.name)
-        return "luthier"
-    chosen.validation_loss, chosen.healed = after, True
-    _measure(job, model, chosen)
-    form = write_compressed(job.stage, model, loaded.tokenizer, origin=job.settings.model)
-    chosen.size_bytes = _weights_bytes(job.stage)
+    if after >= best.validation_loss:
+        job.notes.append(
+            f"Healing {candidate.name} took its loss on kept-out text from {before:.4f} to {after:.4f}, and {best.name} "
+            f"without healing has {best.validation_loss:.4f}: healing was dropped."
+        )
+        return None
+    form = write_compressed(job.stage, model, loaded.tokenizer, origin=settings.model)
+    candidate.validation_loss, candidate.healed, candidate.size_bytes = after, True, _weights_bytes(job.stage)
+    _measure(job, model, candidate)
     return form
 
 
-def _has_factors(candidate: Candidate) -> bool:
-    return candidate.plan is not None and any(spec.rank for spec in candidate.plan.layers.values())
+def _has_factors(plan: Plan) -> bool:
+    return any(spec.rank for spec in plan.layers.values())
 
 
 def _remove_work(stage: Path) -> None:

@@ -32,13 +32,11 @@ class Budget:
                 raise ConfigError(f"--budget in per cent lies above 0 and at most at 100; got {text!r}. Try --budget 40%.")
             return cls(text.strip(), share=share)
         try:
-            size_bytes = parse_size(text)
-        except ConfigError as error:
+            size_bytes = parse_size(text if text.strip()[-1:].isalpha() else "")  # a bare number may have been meant as a share
+        except ValueError as error:
             raise ConfigError(
                 f"--budget is a share of the model in 16 bits, such as 40%, or a size, such as 80MB; got {text!r}."
             ) from error
-        if size_bytes < 1:
-            raise ConfigError(f"--budget must be above 0; got {text!r}. Try --budget 40%.")
         return cls(text.strip(), size_bytes=size_bytes)
 
     def bytes_of(self, numbers: int) -> int:

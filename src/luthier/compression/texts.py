@@ -74,10 +74,10 @@ def read_texts(
             "is better where it counts."
         )
     else:
-        windows = _file_windows(settings.data, tokenizer, settings)
+        windows = _file_windows(settings.data, tokenizer, settings, notes, settings.eval_data)
         origin = Path(settings.data).name
     if settings.eval_data is not None:
-        evaluation = _file_windows(settings.eval_data, tokenizer, settings)[: settings.eval_windows]
+        evaluation = _file_windows(settings.eval_data, tokenizer, settings, notes)[: settings.eval_windows]
         before = len(windows)
         windows = _without(windows, evaluation)
         if len(windows) < before:
@@ -101,21 +101,45 @@ def read_texts(
     )
 
 
-def _file_windows(path: str, tokenizer: PreTrainedTokenizerBase, settings: CompressSettings) -> list[_Window]:
-    """Plain text cut into windows; rows of any other form rendered as for training, several to a window."""
-    if Path(path).suffix.lower() in PLAIN_SUFFIXES:
+def _file_windows(
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: CompressSettings,
+    notes: list[str],
+    without_rows_of: str | None = None,
+) -> list[_Window]:
+    """Plain text cut into windows; rows of any other form rendered as for training, several to a window.
+
+    without_rows_of: another file whose rows are left out, with a note.
+    """
+    if _is_plain(path):
         return _text_windows(_read_plain(path), tokenizer, settings.window)
-    renderer = Renderer(tokenizer, max_length=settings.window, loss_on="all")
-    rows = load_examples(path, renderer, on_long="truncate", offline=settings.offline).examples
+    rows = _rows(path, tokenizer, settings)
+    if without_rows_of is not None and not _is_plain(without_rows_of):
+        taken = {tuple(row) for row in _rows(without_rows_of, tokenizer, settings)}
+        kept = [row for row in rows if tuple(row) not in taken]
+        if len(kept) < len(rows):
+            notes.append(f"{len(rows) - len(kept)} rows of --data are in --eval-data too and were left out of calibration.")
+        rows = kept
     windows, ids = [], list[int]()
-    for example in rows:
-        if ids and len(ids) + len(example.ids) > settings.window:
+    for row in rows:
+        if ids and len(ids) + len(row) > settings.window:
             windows.append(_whole(torch.tensor(ids)))
             ids = []
-        ids += example.ids
+        ids += row
     if len(ids) > 1:
         windows.append(_whole(torch.tensor(ids)))
     return windows
+
+
+def _is_plain(path: str) -> bool:
+    return Path(path).suffix.lower() in PLAIN_SUFFIXES
+
+
+def _rows(path: str, tokenizer: PreTrainedTokenizerBase, settings: CompressSettings) -> list[list[int]]:
+    renderer = Renderer(tokenizer, max_length=settings.window, loss_on="all")
+    examples = load_examples(path, renderer, on_long="truncate", offline=settings.offline).examples
+    return [list(example.ids) for example in examples]
 
 
 def _read_plain(path: str) -> str:

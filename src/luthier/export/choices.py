@@ -9,12 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from luthier.adapters.targets import low_rank_layers
+from luthier.errors import ConfigError
 from luthier.export import forms
 from luthier.export.compare import Difference, Reference, merged_difference
 from luthier.export.merge import Merge
 from luthier.export.merged_folder import BESIDE_NF4, merged_layer_kind
 from luthier.linear import enabled_terms
-from luthier.matrices import GGUFMatrix, Matrix
+from luthier.matrices import FactoredMatrix, GGUFMatrix, Matrix
 from luthier.models.load import Loaded
 from luthier.progress import Progress
 from luthier.units import number_text, percent_text, size_text
@@ -123,9 +124,15 @@ def layer_kind(merge: Merge, name: str, kind: str) -> str:
 def gguf_layer_kind(merge: Merge, name: str, kind: str) -> str:
     """llama.cpp's rule: the matrix that makes the logits has at least 6 bits, all others the kind asked for.
 
-    With "asis" the kind that the matrix has, or `forms.changed_kind` of it where a term changes it.
+    With "asis" the kind that the matrix has, or `forms.changed_kind` of it where a term changes it. Raises ConfigError for
+    "asis" of a matrix in factors.
     """
     matrix = merge.matrix(name)
+    if kind == forms.AS_IS and isinstance(matrix, FactoredMatrix):
+        raise ConfigError(
+            f"--dtype asis keeps the blocks of a GGUF base; {name} is stored in low-rank factors, which no GGUF type holds. "
+            "Try --dtype f16, which multiplies them out."
+        )
     if kind == forms.AS_IS:
         return forms.changed_kind(matrix.kind) if enabled_terms(merge.layers[name]) else matrix.kind
     is_output = name == merge.head or (name == merge.embedding and merge.tied)

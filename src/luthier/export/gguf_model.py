@@ -48,7 +48,7 @@ def plan_entries(merge: Merge, architecture: str, kind: str) -> list[Entry]:
     Matrices go to `kind`, or to what llama.cpp takes where it does not fit; all else is float32. "asis": a matrix that no term
     changes stays as it is stored, blocks that a term changes become q8_0. Blocks of `kind` that no term changes are copied.
     Raises ModelError for tensors that the architecture has no name for or that llama.cpp
-    would not read, ConfigError for "asis" where matrices are in NF4.
+    would not read, ConfigError for "asis" where matrices are in NF4 or in factors.
     """
     if architecture == "gemma2" and not merge.tied:
         raise ModelError(

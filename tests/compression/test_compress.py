@@ -1,0 +1,189 @@
+"""Whole compressions of a tiny model: budgets kept, folders that open, choices by measured loss, clear refusals."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import write_tiny
+
+from luthier.compression import runner
+from luthier.compression.report import Report
+from luthier.compression.runner import compress
+from luthier.compression.settings import Budget, CompressSettings
+from luthier.compression.texts import read_texts
+from luthier.errors import ConfigError, DataError, PreflightError
+from luthier.models.load import load
+
+LINES = [
+    f"Book a table for {i} at noon, please. The quick brown fox {i * i} jumps over the lazy dog {i % 7}." for i in range(400)
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("model"), "llama", tied=True, dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(LINES))
+    return str(path)
+
+
+def settings(model: Path, out: Path, text: str | None, budget: str = "60%", **more) -> CompressSettings:
+    small = {"windows": 8, "window": 32, "eval_windows": 4}
+    return CompressSettings(str(model), Budget.parse(budget), out, data=text, **{**small, **more})
+
+
+def weights_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(("budget", "bits"), [("60%", "auto"), ("45%", "4"), ("75%", "16")])
+def test_the_result_fits_the_budget_opens_and_is_the_best_that_was_measured(
+    model: Path, text: str, tmp_path: Path, budget: str, bits: str
+) -> None:
+    report = compress(settings(model, tmp_path / "out", text, budget, bits=bits))
+    assert weights_bytes(tmp_path / "out") == report.result.size_bytes <= report.budget_bytes
+    assert report.budget_bytes == Budget.parse(budget).bytes_of(94528)
+    allowed = [one for one in report.candidates[1:] if one.size_bytes <= report.budget_bytes]
+    allowed = [one for one in allowed if bits != "16" or one.name != "plain nf4"]
+    assert report.result.validation_loss == min(one.validation_loss for one in allowed)
+    assert {one.name for one in report.candidates} >= {"original", "allocated", "plain nf4"}
+    loaded = load(str(tmp_path / "out"))
+    with torch.no_grad():
+        assert loaded.model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+    kinds = {spec.kind or spec.factors for spec in report.layers.values()}
+    assert kinds <= {"16": {"bf16"}, "4": {"nf4", "q4_0"}, "auto": {"nf4", "q4_0", "q8_0", "bf16"}}[bits]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_the_report_says_what_was_measured(model: Path, text: str, tmp_path: Path) -> None:
+    report = compress(settings(model, tmp_path / "out", text))
+    content = json.loads((tmp_path / "out" / "report.json").read_text())
+    for one in content["candidates"]:
+        quality = one["quality"]
+        low, high = quality["perplexity_interval"]
+        assert low <= quality["perplexity"] <= high
+        assert one["cost"]["decode_tokens_per_second"] > 0
+    original = content["candidates"][0]["quality"]
+    assert original["rise"] == 0
+    assert original["agreement"] == 1
+    assert content["size_bytes"] == weights_bytes(tmp_path / "out")
+    assert content["layers"].keys() == report.layers.keys()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert report.sentence().split(":")[0] in page
+    assert all(name in page for name in report.layers)
+
+
+def test_the_same_seed_gives_the_same_bytes(model: Path, text: str, tmp_path: Path) -> None:
+    files = []
+    for name in ("one", "two"):
+        compress(settings(model, tmp_path / name, text, "50%", bits="4", heal=2))
+        files.append({path.name: path.read_bytes() for path in (tmp_path / name).glob("*.safetensors")})
+    assert files[0] == files[1]
+
+
+def test_without_data_the_model_writes_its_own_text_and_that_is_said(model: Path, tmp_path: Path) -> None:
+    report = compress(settings(model, tmp_path / "out", None, windows=12))
+    assert report.origin == "text that the model wrote itself"
+    assert any(note.startswith("No --data") for note in report.notes)
+
+
+def test_calibration_and_evaluation_never_overlap(model: Path, text: str) -> None:
+    loaded = load(str(model))
+    for evaluation in (None, text):
+        texts = read_texts(settings(model, Path("nowhere"), text, eval_data=evaluation), loaded.model, loaded.tokenizer)
+        windows = [
+            {tuple(pack.ids.tolist()) for pack in packs} for packs in (texts.calibration, texts.validation, texts.evaluation)
+        ]
+        assert all(windows)
+        assert not windows[0] & windows[1]
+        assert not windows[0] & windows[2]
+        assert not windows[1] & windows[2]
+    assert any("are in --eval-data too" in note for note in texts.notes)
+
+
+def test_rows_that_are_measured_on_are_left_out_of_calibration(model: Path, tmp_path: Path) -> None:
+    rows = [json.dumps({"text": f"Row {number}: {line}"}) for number, line in enumerate(LINES[:60])]
+    (tmp_path / "all.jsonl").write_text("\n".join(rows))
+    (tmp_path / "held.jsonl").write_text("\n".join(rows[::7]))
+    loaded = load(str(model))
+    wanted = settings(model, tmp_path / "out", str(tmp_path / "all.jsonl"), eval_data=str(tmp_path / "held.jsonl"))
+    texts = read_texts(wanted, loaded.model, loaded.tokenizer)
+    assert "9 rows of --data are in --eval-data too and were left out of calibration." in texts.notes
+    used = {tuple(pack.ids.tolist()) for pack in (*texts.calibration, *texts.validation)}
+    assert used
+    assert not used & {tuple(pack.ids.tolist()) for pack in texts.evaluation}
+
+
+def test_a_budget_that_cannot_be_met_is_refused_and_leaves_nothing(model: Path, text: str, tmp_path: Path) -> None:
+    with pytest.raises(PreflightError, match="the budget must hold the smallest form of every layer"):
+        compress(settings(model, tmp_path / "out", text, "10%"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_leaves_nothing(model: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_args, **_more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "_finish", stop)
+    with pytest.raises(KeyboardInterrupt):
+        compress(settings(model, tmp_path / "out", text))
+    assert not list(tmp_path.iterdir())
+
+
+def test_texts_that_are_too_short_are_refused(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("A few words.")
+    with pytest.raises(DataError, match="needs at least 4 windows"):
+        compress(settings(model, tmp_path / "out", str(tmp_path / "short.txt")))
+    with pytest.raises(DataError, match="must be readable UTF-8"):
+        compress(settings(model, tmp_path / "out", str(tmp_path / "none.txt")))
+
+
+def test_settings_are_checked_before_anything_is_looked_for(model: Path, tmp_path: Path) -> None:
+    one = settings(model, tmp_path / "out", None)
+    with pytest.raises(ConfigError, match=r"--bits is one of auto, 16, 4; got '8'"):
+        replace(one, bits="8")
+    with pytest.raises(ConfigError, match="--heal is a number of steps"):
+        replace(one, heal=-1)
+    with pytest.raises(ConfigError, match="goes to a new folder"):
+        replace(one, out=tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "60", "0%", "101%", "-5%", "sixty", "nan%", "0MB", "%"])
+def test_budgets_that_say_nothing_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="--budget"):
+        Budget.parse(text)
+
+
+def test_budgets_are_shares_of_16_bits_or_bytes() -> None:
+    assert Budget.parse("60%").bytes_of(1000) == 1200
+    assert Budget.parse(" 12.5 % ").bytes_of(1000) == 250
+    assert Budget.parse("80MB").bytes_of(1) == Budget.parse("80 MB").bytes_of(10**9)
+
+
+def sentence(plain_loss: float, own_loss: float, name: str = "allocated") -> str:
+    from luthier.compression.measure import Quality
+    from luthier.compression.report import Candidate
+
+    def quality(loss: float) -> Quality:
+        return Quality(2.718**loss, (1.0, 2.0), loss, 0.9, (0.8, 1.0), 0.1, (0.0, 0.2), 4, 100)
+
+    found = [
+        Candidate("original", 1, 1, 0, 1000, quality=quality(1.0)),
+        Candidate("allocated", 1, 1, 0, 400, quality=quality(own_loss)),
+    ]
+    found.append(Candidate("plain nf4", 1, 1, 0, 410, quality=quality(plain_loss)))
+    return Report("m", "50%", 500, "auto", "luthier", found, name, [], {}, {}, "", 1, 0).sentence()
+
+
+def test_where_plain_4_bit_is_better_the_sentence_says_so() -> None:
+    assert sentence(plain_loss=2.0, own_loss=1.5).startswith("Ship this result")
+    assert sentence(plain_loss=1.4, own_loss=1.5).startswith("Ship plain 4-bit (NF4) instead")
+    assert sentence(plain_loss=1.4, own_loss=1.5, name="plain nf4").startswith("Ship plain 4-bit (NF4): ")

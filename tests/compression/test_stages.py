@@ -1,0 +1,212 @@
+"""The stages of a compression one by one: metrics against sums made by hand, matrices that are built, healing and its merge."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import write_tiny
+
+from luthier.adapters.targets import low_rank_layers
+from luthier.calibration.sensitivity import mean_loss
+from luthier.compression import heal as healing
+from luthier.compression.build import build
+from luthier.compression.candidates import Option, Prober, _pruned, gain_names, group_options
+from luthier.compression.heal import heal, teacher_of
+from luthier.compression.specs import Spec, part_bytes, spec_bytes, whole
+from luthier.compression.walk import Seen, walk, weighted_groups
+from luthier.data.packing import Pack
+from luthier.errors import ConfigError
+from luthier.evaluation.loss import supervised_loss
+from luthier.linear import LowRankLinear
+from luthier.matrices import FactoredMatrix, stored
+from luthier.models.blocks import without_blocks
+from luthier.models.load import load
+from luthier.models.modes import inputs_require_grads
+
+
+def packs(count: int = 3, length: int = 24) -> list[Pack]:
+    generator = torch.Generator().manual_seed(5)
+    found = []
+    for _ in range(count):
+        ids = torch.randint(3, 400, (length,), generator=generator)
+        found.append(Pack.of_texts(ids, torch.tensor([0, length]), torch.arange(length - 1)))
+    return found
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt_neox"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A family with blocks of its own, and one without."""
+    return write_tiny(tmp_path_factory.mktemp("stages") / request.param, request.param)
+
+
+class _Seen:
+    """What goes into a layer and the gradient at what comes out of it."""
+
+    def __init__(self) -> None:
+        self.x = self.g = torch.empty(0)
+
+    def look(self, _module, inputs, output) -> None:
+        self.x = inputs[0].detach()
+        output.register_hook(self.keep)
+
+    def keep(self, gradient: torch.Tensor) -> None:
+        self.g = gradient.detach()
+
+
+def by_hand(model, name: str) -> torch.Tensor:
+    """sum_t w_t x_t x_t^T / (2 S) in float64, w_t = |g_t|^2 / out_features, through plain hooks."""
+    layer = model.get_submodule(name)
+    total = torch.zeros(layer.in_features, layer.in_features, dtype=torch.float64)
+    for pack in packs():
+        seen = _Seen()
+        handle = layer.register_forward_hook(seen.look)
+        with without_blocks(), inputs_require_grads(model) as entered:
+            supervised_loss(model, pack).backward(inputs=entered)
+        handle.remove()
+        x, g = (tensor.reshape(-1, tensor.shape[-1]).double() for tensor in (seen.x, seen.g))
+        total += (x * g.square().mean(1)[:, None]).T @ x
+    return total / (2 * sum(pack.supervised_tokens for pack in packs()))
+
+
+def test_the_metrics_are_sums_over_tokens_weighted_by_gradients(folder: Path) -> None:
+    model = load(str(folder)).model
+    groups = weighted_groups(model, packs())
+    seen: dict[tuple[str, ...], Seen] = {}
+    walk(model, packs(), groups, lambda one: seen.update({one.group.names: one}), changes=False)
+    assert [group.names for group in groups] == list(seen)
+    for names, one in seen.items():
+        expected = sum(by_hand(model, name) for name in names)
+        assert (one.metric - expected).norm() < 1e-4 * expected.norm()
+        assert sum(one.group.shares.values()) == pytest.approx(1)
+
+
+def test_later_groups_see_what_earlier_ones_were_made(folder: Path) -> None:
+    model, other = load(str(folder)).model, load(str(folder)).model
+    groups = weighted_groups(model, packs())
+    seen: dict[tuple[str, ...], torch.Tensor] = {}
+
+    def visit(one: Seen) -> None:
+        seen[one.group.names] = one.metric
+        for name in one.group.names:
+            layer = model.get_submodule(name)
+            layer.matrix = stored(layer.matrix.dequantize() * 0.5, "f32")
+
+    walk(model, packs(), groups, visit, changes=True)
+    # By hand: the other model with everything before a group halved, run from its beginning.
+    for group in groups:
+        alone: list[torch.Tensor] = []
+        walk(other, packs(), [group], lambda one, alone=alone: alone.append(one.metric), changes=False)
+        assert (alone[0] - seen[group.names]).norm() < 1e-4 * alone[0].norm()
+        for name in group.names:
+            layer = other.get_submodule(name)
+            layer.matrix = stored(layer.matrix.dequantize() * 0.5, "f32")
+
+
+def test_what_is_expected_of_options_falls_with_bytes_and_sizes_are_those_of_the_file(folder: Path) -> None:
+    model = load(str(folder), base="bf16").model
+    groups = weighted_groups(model, packs())
+    prober = Prober(model, "auto", "bf16", gain_names(groups))
+    walk(model, packs(), groups, prober.visit, changes=False)
+    for facts in prober.facts:
+        options = group_options(facts, prober)
+        for smaller, larger in itertools.pairwise(options):
+            assert smaller.size_bytes < larger.size_bytes
+            assert smaller.loss > larger.loss >= 0
+        assert options[-1].loss == 0
+    assert all(0 < gain <= 1 for gain in prober.gains.values())
+    for kind in ("bf16", "nf4", "q8_0"):
+        matrix = stored(torch.randn(96, 64), kind)
+        assert 0 <= part_bytes(kind, 96, 64) - matrix.size_bytes < 1300
+    joint = spec_bytes(Spec("low-rank", "", 8, "bf16"), (96, 64), with_right=False)
+    assert joint == part_bytes("bf16", 96, 8)
+
+
+def test_pruning_keeps_what_none_beats() -> None:
+    options = [Option((), size, loss) for size, loss in ((5, 3.0), (4, 3.0), (6, 1.0), (7, 2.0), (3, 9.0))]
+    assert [(one.size_bytes, one.loss) for one in _pruned(options)] == [(3, 9.0), (4, 3.0), (6, 1.0)]
+
+
+SPECS = {
+    "nf4": whole("nf4"),
+    "repair": Spec("repair", "nf4", 8, "bf16"),
+    "repair in nf4": Spec("repair", "nf4", 8, "nf4"),
+    "low rank": Spec("low-rank", "", 24, "bf16"),
+    "low rank in nf4": Spec("low-rank", "", 24, "nf4"),
+}
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=list(SPECS))
+def test_every_spec_is_built_as_it_says(folder: Path, spec: Spec) -> None:
+    model = load(str(folder), base="bf16").model
+    groups = weighted_groups(model, packs())
+    before = {name: layer.matrix.dequantize() for name, layer in low_rank_layers(model).items()}
+    build(model, packs(), groups, {name: spec for group in groups for name in group.names}, {})
+    for group in groups:
+        matrices = [model.get_submodule(name).matrix for name in group.names]
+        assert all(matrix.shape == before[name].shape for name, matrix in zip(group.names, matrices, strict=True))
+        if spec.form == "low-rank":
+            assert len({id(matrix.right) for matrix in matrices}) == 1
+            assert matrices[0].kind == f"r24/{spec.factors},{spec.factors}"
+        elif spec.form == "repair":
+            assert matrices[0].kind == f"nf4+r8/{spec.factors},{spec.factors}"
+            for name, matrix in zip(group.names, matrices, strict=True):
+                base_error = (before[name] - matrix.base.dequantize()).norm()
+                assert (before[name] - matrix.dequantize()).norm() < base_error * 1.05
+        else:
+            assert matrices[0].kind == "nf4"
+    assert torch.isfinite(torch.tensor(mean_loss(model, packs())))
+
+
+def compressed(folder: Path, spec: Spec):
+    model = load(str(folder), base="f32").model
+    teacher = teacher_of(model, packs())
+    groups = weighted_groups(model, packs())
+    build(model, packs(), groups, {name: spec for group in groups for name in group.names}, {})
+    return model, teacher
+
+
+@pytest.mark.parametrize("form", ["low-rank", "repair"])
+def test_healing_nears_the_original_and_what_is_merged_is_what_was_trained(
+    folder: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, teacher = compressed(folder, Spec(form, "nf4" if form == "repair" else "", 16, "f32"))  # type: ignore[arg-type]
+    monkeypatch.setattr(healing, "DIRECTIONS", 8)
+    kinds = {name: layer.matrix.kind for name, layer in low_rank_layers(model).items()}
+    ids = packs()[0].ids[None]
+    trained = {}
+    merge = healing._merge
+
+    def look(*arguments) -> None:
+        if not trained:
+            with torch.no_grad():
+                trained["logits"] = model(ids).logits
+        merge(*arguments)
+
+    monkeypatch.setattr(healing, "_merge", look)
+    losses = heal(model, teacher, packs(), 30, learning_rate=3e-3)
+    assert losses[-1] < 0.9 * losses[0]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(ids).logits, trained["logits"], rtol=0, atol=2e-4 * trained["logits"].abs().max().item()
+        )
+    assert {name: layer.matrix.kind for name, layer in low_rank_layers(model).items()} == kinds
+    assert not any(len(layer.terms) for layer in low_rank_layers(model).values())
+
+
+def test_healing_is_the_same_for_the_same_seed(folder: Path) -> None:
+    found = []
+    for _ in range(2):
+        model, teacher = compressed(folder, Spec("low-rank", "", 16, "bf16"))
+        found.append(heal(model, teacher, packs(), 4, seed=3))
+    assert found[0] == found[1]
+
+
+def test_healing_without_factors_is_refused(folder: Path) -> None:
+    model = load(str(folder)).model
+    with pytest.raises(ConfigError, match="no layer has any at this budget"):
+        heal(model, teacher_of(model, packs()), packs(), 1)
+    assert all(not isinstance(layer.matrix, FactoredMatrix) for layer in low_rank_layers(model).values())
+    assert isinstance(model.get_output_embeddings(), LowRankLinear)
