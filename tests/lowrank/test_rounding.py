@@ -108,7 +108,9 @@ def test_going_on_from_codes_gives_what_one_run_gives() -> None:
     assert torch.allclose(left, W - grid.values(again), atol=1e-6)
 
 
-def test_fitted_steps_are_least_squares() -> None:
+@pytest.mark.parametrize("numbers", [1 << 22, 32])
+def test_fitted_steps_are_least_squares(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounding, "SYSTEM_NUMBERS", numbers)  # all rows at once; two at a time
     W, X, H = layer(5, 64, tokens=100)
     grid = grid_of(W, groups=4)
     codes, _ = round_in_metric(W, damped(H), grid, passes=1)

@@ -23,6 +23,7 @@ from luthier.errors import NumericError, ShapeError
 
 BLOCK = 64  # columns that are rounded one by one before what they did reaches the others as one product
 DAMPING = 0.01
+SYSTEM_NUMBERS = 1 << 22  # of the linear systems that are solved at once when steps are fitted, 32 MB
 SHARES = torch.linspace(0.7, 1.05, 15)  # of the step that just reaches a group's largest weight
 
 Stored = TypeVar("Stored")
@@ -234,13 +235,19 @@ def fit_steps(weight: Tensor, moments: Tensor, grid: Grid, codes: Tensor) -> Ten
     (out, groups), without offset; -> (out, groups) float32. A group whose levels are all 0 keeps its step, and so does one
     whose new step is not finite or of the other sign. Solved in float64; 1e-6 of the diagonal holds each step to the old one.
     """
-    old = grid.step.to(torch.float64)
-    groups, width = old.shape[1], weight.shape[1] // old.shape[1]
+    groups = grid.step.shape[1]
     H = moments.to(torch.float32)
-    levels = grid.levels[codes.to(torch.int64)]
-    grouped = levels.view(len(weight), groups, width)
-    right = ((weight.to(torch.float32) @ H).view_as(grouped) * grouped).sum(2).to(torch.float64)
-    system = torch.empty(len(weight), groups, groups, dtype=torch.float64)
+    rows = max(1, SYSTEM_NUMBERS // groups**2)
+    parts = zip(weight.split(rows), codes.split(rows), grid.step.split(rows), strict=True)
+    return torch.cat([_fitted_rows(W, H, grid.levels[own.to(torch.int64)], old) for W, own, old in parts])
+
+
+def _fitted_rows(W: Tensor, H: Tensor, levels: Tensor, step: Tensor) -> Tensor:
+    old = step.to(torch.float64)
+    groups, width = old.shape[1], W.shape[1] // old.shape[1]
+    grouped = levels.view(len(W), groups, width)
+    right = ((W.to(torch.float32) @ H).view_as(grouped) * grouped).sum(2).to(torch.float64)
+    system = torch.empty(len(W), groups, groups, dtype=torch.float64)
     for b in range(groups):
         rows = H[b * width : (b + 1) * width]
         system[:, b] = ((grouped[:, b] @ rows).view_as(grouped) * grouped).sum(2)
