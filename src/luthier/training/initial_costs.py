@@ -23,10 +23,11 @@ PROBE_SIDE = 256
 
 @dataclass(frozen=True)
 class InitialCosts:
-    """frozen: numbers in terms that take the start off, beside those that train; kept: numbers that are kept on disk;
-    working_bytes: what decomposing the largest matrix holds; moments_bytes: the least that second moments can be measured
-    in, those of the widest input twice: once in hand while the next are measured; seconds: of decomposing them all; tokens: that
-    inputs are measured on.
+    """frozen: numbers in terms that take the start off, beside those that train; kept: numbers that are kept on disk.
+
+    working_bytes: what decomposing the largest matrix holds; moments_bytes: the least that second moments can be measured in,
+    those of the widest input twice, once in hand while the next are measured; seconds: of decomposing them all; tokens:
+    that inputs are measured on.
     """
 
     frozen: int = 0
