@@ -117,8 +117,9 @@ def moments_in_passes(
 ) -> Iterator[dict[str, Moments]]:
     """As `collect_moments`, a few layers at a time in the order they run, so that their moments take at most `max_bytes`.
 
-    Each pass without gradients ends at the last layer it is for. What was yielded may be let go before the next is asked
-    for. Raises PreflightError, with the bytes needed, if the moments of one layer alone take more.
+    Each pass without gradients ends at the last layer it is for. Take what is yielded out of its dictionary before the next is
+    asked for, and memory holds one pass's at a time. Raises PreflightError, with the bytes needed, if the moments of one layer
+    alone take more.
     """
     groups = _groups(model, names, gradient_weights)
     layers = linear_layers(model, [name for group in groups for name in group])

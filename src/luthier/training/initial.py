@@ -105,7 +105,9 @@ def _in_turn(
         model, packs, names, max_bytes=moments_bytes, progress=listener.stage
     )
     for moments in passes:
-        yield from ((name, own.second) for name, own in moments.items())
+        # Taken out one by one: the next pass must not find those of this one still held.
+        for name in list(moments):
+            yield name, moments.pop(name).second
 
 
 def _is_quantised_here(layer: LowRankLinear, kind: str) -> bool:

@@ -23,9 +23,11 @@ PROBE_SIDE = 256
 
 @dataclass(frozen=True)
 class InitialCosts:
-    """frozen: numbers in terms that take the start off, beside those that train; kept: numbers that are kept on disk;
-    working_bytes: what decomposing the largest matrix holds; moments_bytes: the least that second moments can be measured
-    in; seconds: of decomposing them all; tokens: that inputs are measured on.
+    """frozen: numbers in terms that take the start off, beside those that train; kept: numbers that are kept on disk.
+
+    working_bytes: what decomposing the largest matrix holds; moments_bytes: the least that second moments can be measured in,
+    those of the widest input twice, once in hand while the next are measured; seconds: of decomposing them all; tokens:
+    that inputs are measured on.
     """
 
     frozen: int = 0
@@ -59,7 +61,7 @@ def initial_costs(blueprint: Blueprint, config: RunConfig, targets: Sequence[str
         frozen=numbers if config.init in TAKES_OFF else 0,
         kept=numbers,
         working_bytes=DOUBLE_BYTES * (MATRIX_COPIES * largest + SQUARE_COPIES * longest**2),
-        moments_bytes=max(DOUBLE_BYTES * columns**2 for _, columns in shapes.values()) if measures else 0,
+        moments_bytes=2 * max(DOUBLE_BYTES * columns**2 for _, columns in shapes.values()) if measures else 0,
         seconds=cubes / PROBE_SIDE**3 * _probe_seconds(),
         tokens=config.init_tokens if measures else 0,
     )

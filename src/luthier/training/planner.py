@@ -106,7 +106,7 @@ class Planner:
     def moments_bytes(self, cut: Cut) -> int:
         """What second moments may hold: as much as lets the run's highest point stay where it is, or the least there is."""
         footprint = self.footprint(cut)
-        return self.memory.initial.moments_bytes + footprint.peak_bytes - footprint.initial_bytes
+        return self.memory.initial.moments_bytes // 2 + footprint.peak_bytes - footprint.initial_bytes
 
     def flops_per_step(self, cut: Cut, times: TimeCosts) -> float:
         """Products with frozen weights, forward and backward once each, for the tokens that are computed. Layers below the
