@@ -228,7 +228,7 @@ def measure_kind(
         for name, contender in rotated(list(contenders.items()), number):
             for figure, rate in round_of(contender, prompts, options.new_tokens).items():
                 best[name][figure] = max(best[name].get(figure, 0.0), rate)
-        print(f"{path.name}: round {number + 1}: {json.dumps(best)}", file=sys.stderr, flush=True)
+            print(f"{path.name}: round {number + 1}: {name}: {json.dumps(best[name])}", file=sys.stderr, flush=True)
     read = result["machine"]["read_bytes_per_second"]
     return {
         "file": path.name, "size_bytes": path.stat().st_size, "tokens_per_second": best, "same": same,

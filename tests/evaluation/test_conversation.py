@@ -179,12 +179,20 @@ def test_a_conversation_longer_than_the_model_is_refused(tokenizer) -> None:
     with pytest.raises(DataError, match="a conversation must stay below the model's 256 positions"):
         list(conversation.ask("word " * 300))
     assert list(conversation.ask("hello"))
+    labels = LabelConstraint([[5] * 250, [6]])
+    conversation = Conversation(tiny_model("gpt2"), tokenizer, max_new_tokens=300, constraint=labels)
+    with pytest.raises(DataError, match="a conversation must stay below the model's 256 positions"):
+        list(conversation.ask("hello"))
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1; got 0"),
+        (
+            {"max_new_tokens": 2, "constraint": LabelConstraint([[5], [6, 7, 8]])},
+            "room for its longest label of 3 tokens; max_new_tokens is 2",
+        ),
     ],
 )
 def test_values_out_of_range(model, tokenizer, values, message) -> None:

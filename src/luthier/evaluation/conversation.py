@@ -25,7 +25,8 @@ class Conversation:
     what every answer may be.
     A tokenizer without a chat template can tell no turns apart: every message is then answered by itself, `remembers`
     is False, and no system message can be given.
-    Raises ConfigError for max_new_tokens below 1, and for a model that keeps no keys and values.
+    Raises ConfigError for max_new_tokens below 1 or below the constraint's longest answer, and for a model that keeps no keys
+    and values.
     """
 
     def __init__(
@@ -40,6 +41,12 @@ class Conversation:
     ):
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens must be at least 1; got {max_new_tokens}.")
+        self._least_room = (None if constraint is None else constraint.longest) or 1
+        if max_new_tokens < self._least_room:
+            raise ConfigError(
+                f"an answer must have room for its longest label of {self._least_room} tokens; max_new_tokens is "
+                f"{max_new_tokens}. Allow more."
+            )
         self._text = GrowingText(model)
         self._tokenizer = tokenizer
         self._sampling, self._constraint, self._max_new_tokens = sampling or Sampling(), constraint, max_new_tokens
@@ -66,7 +73,7 @@ class Conversation:
         Raises DataError for text that cannot be a message, and for a conversation longer than the model's positions.
         """
         prompt = self._prompt(text)
-        if self._limit is not None and len(prompt) >= self._limit:
+        if self._limit is not None and len(prompt) + self._least_room > self._limit:
             raise DataError(
                 f"a conversation must stay below the model's {self._limit} positions; "
                 f"with this message it has {len(prompt)} tokens. Use /reset, or a shorter message."
