@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -45,6 +46,7 @@ from luthier.training.environment import describe_environment
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 BITSANDBYTES_TARGETS = {512: 1.9, 64: 5.0, 1: 30.0}
 THREADS_TARGET = 1.85
+HEAD_MEMORY_TARGET = 64e6
 SUPERBLOCK = 256
 
 Named = tuple[str, Callable[[], Case]]
@@ -65,6 +67,8 @@ def main() -> None:
     if not options.only:
         content["threads_ratio"] = threads_ratio(pairs, options.smoke)
         print(f"speed of {content['threads']} threads over 1: {content['threads_ratio']:.2f} (target {THREADS_TARGET})")
+        content["head_memory_bytes"] = memory = head_memory(options.smoke)
+        print(f"extra memory of the head's loss at its peak: {memory / 1e6:.1f} MB (target {HEAD_MEMORY_TARGET / 1e6:.0f} MB)")
     print_targets(content["rows"])
     save(options.out, content)
     if options.plot:
@@ -168,6 +172,35 @@ def threads_ratio(pairs: int, smoke: bool) -> float:
 
     single = Case("one thread", case.shape, case.storage, case.work, None, case.run, {"one": alone})
     return bench.measure(single, bench.Bounds(), pairs)["ratios"]["one"]
+
+
+# A process of its own; its peak is made to begin anew before the loss, whose gradient to hidden (T, 576) is counted too.
+HEAD_MEMORY_SCRIPT = """
+import sys, torch
+from luthier.kernels.head import linear_cross_entropy
+from luthier.kernels.storage import Storage
+
+def peak():
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return 1024 * int(lines["VmHWM"].split()[0])
+
+tokens, vocabulary = map(int, sys.argv[1:])
+head = Storage.dense(torch.randn(vocabulary, 576).bfloat16())
+hidden, targets = torch.randn(tokens, 576, requires_grad=True), torch.randint(0, vocabulary, (tokens,))
+linear_cross_entropy(hidden[:8], head, targets[:8])[0].backward()
+hidden.grad = None
+open("/proc/self/clear_refs", "w").write("5")
+before = peak()
+linear_cross_entropy(hidden, head, targets)[0].backward()
+print(peak() - before)
+"""
+
+
+def head_memory(smoke: bool) -> int:
+    """Bytes that the loss of 4096 tokens over 49152 words, backward included, takes beyond what stood before. Linux."""
+    sizes = ("64", "1000") if smoke else ("4096", "49152")
+    command = [sys.executable, "-c", HEAD_MEMORY_SCRIPT, *sizes]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def print_targets(rows: list[dict[str, Any]]) -> None:

@@ -24,7 +24,7 @@ STARTS_PROCESSES = (
     "test_kernel_passes_neon.py",
 )
 # Tests of everything but the linear layer, which the driver runs on every instruction set.
-PASSES = ("elementwise", "head", "attention", "quantize")
+PASSES = ("elementwise", "head", "attention", "quantize", "decoder")
 
 
 def build(folder: Path, *options: str) -> Path:

@@ -150,16 +150,21 @@ def test_the_op_has_an_honest_schema_and_fake(problem):
         torch.library.opcheck(torch.ops.luthier.linear_cross_entropy.default, arguments)
 
 
+# VmHWM and not getrusage, whose maximum counts what the process that started this one held.
 MEMORY_SCRIPT = """
-import resource, torch
+import torch
 from luthier.kernels.head import linear_cross_entropy
 from luthier.kernels.storage import Storage
+def peak():
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return int(lines["VmHWM"].split()[0])
 head = Storage.dense(torch.randn(49152, 64).bfloat16())
 hidden, targets = torch.randn(4096, 64, requires_grad=True), torch.randint(0, 49152, (4096,))
 linear_cross_entropy(hidden[:8], head, targets[:8])[0].backward()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+before = peak()
 linear_cross_entropy(hidden, head, targets)[0].backward()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak() - before)
 """
 
 
@@ -177,7 +182,7 @@ def test_the_gradient_through_a_vocabulary_of_49152_agrees_with_float64():
 @pytest.mark.slow
 def test_peak_extra_memory_at_4096_rows_and_49152_tokens():
     run = subprocess.run([sys.executable, "-c", MEMORY_SCRIPT], capture_output=True, text=True, check=True)
-    assert int(run.stdout) * 1024 <= 64 * 10**6
+    assert 2**20 <= int(run.stdout) * 1024 <= 64 * 10**6
 
 
 def test_a_logit_of_minus_infinity_is_a_token_that_never_comes(problem):

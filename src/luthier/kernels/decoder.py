@@ -81,6 +81,15 @@ class LayerParts:
 
 
 AnyPart = Part | FactoredPart
+# The norms of a layer in the order of its C structure, and whether each is of hidden states or of heads.
+NORMS = (
+    ("norm", True),
+    ("query_norm", False),
+    ("key_norm", False),
+    ("attention_post", True),
+    ("mlp_norm", True),
+    ("mlp_post", True),
+)
 
 
 class _Norm(ctypes.Structure):
@@ -89,7 +98,7 @@ class _Norm(ctypes.Structure):
 
 class _Layer(ctypes.Structure):
     _fields_ = (
-        *((name, _Norm) for name in ("norm", "query_norm", "key_norm", "attention_post", "mlp_norm", "mlp_post")),
+        *((name, _Norm) for name, _ in NORMS),
         ("projections", _Linear * 3),
         ("output", _Linear),
         ("gates", _Linear * 2),
@@ -152,13 +161,13 @@ class Decoder:
     ):
         self._kept: list[object] = [layers, norm, head]
         self._rights: dict[int, Matrix] = {}
-        self._layers = (_Layer * len(layers))(*map(self._layer, layers))
         self._size, self._kv_heads, self._layer_count = size, kv_heads, len(layers)
         self.hidden = norm.weight.numel()
+        self._layers = (_Layer * len(layers))(*map(self._layer, layers))
         self.vocabulary = 0 if head is None else head.storage.shape[0]
-        self._decoder = _Decoder(
-            ctypes.addressof(self._layers), len(layers), self.hidden, heads, kv_heads, size, _norm(norm), self._part(head)
-        )
+        own = _norm(norm, "norm", self.hidden)
+        sizes = (len(layers), self.hidden, heads, kv_heads, size)
+        self._decoder = _Decoder(ctypes.addressof(self._layers), *sizes, own, self._part(head))
 
     @property
     def page_floats(self) -> int:
@@ -200,6 +209,8 @@ class Decoder:
 
         k, v: (T, kv_heads, size) float32, keys after the rotary embedding; the others (N,) int64. Raises ShapeError.
         """
+        if not 0 <= layer < self._layer_count:
+            raise ShapeError(f"layer is one of 0 to {self._layer_count - 1}; got {layer}.")
         tokens = native.check_tensor(k, "k", F32, (None, self._kv_heads, self._size)).shape[0]
         native.check_tensor(v, "v", F32, tuple(k.shape))
         for name, tensor in (("sources", sources), ("pages", pages), ("slots", slots)):
@@ -213,9 +224,10 @@ class Decoder:
         )  # fmt: skip
 
     def _layer(self, layer: LayerParts) -> _Layer:
+        _check_count("projections", layer.projections, 3)
+        _check_count("gates", layer.gates, 2)
         own = _Layer(
-            norm=_norm(layer.norm), query_norm=_norm(layer.query_norm), key_norm=_norm(layer.key_norm),
-            attention_post=_norm(layer.attention_post), mlp_norm=_norm(layer.mlp_norm), mlp_post=_norm(layer.mlp_post),
+            *(_norm(getattr(layer, name), name, self.hidden if of_hidden else self._size) for name, of_hidden in NORMS),
             output=self._part(layer.output), down=self._part(layer.down), gate=layer.gate, rotary=layer.rotary,
             projection_count=len(layer.projections), gate_count=len(layer.gates),
             scale=layer.scale, softcap=layer.softcap, window=layer.window,
@@ -253,10 +265,15 @@ class Decoder:
         return matrix
 
 
-def _norm(part: NormPart | None) -> _Norm:
+def _check_count(name: str, parts: Sequence[AnyPart], most: int) -> None:
+    if len(parts) not in (1, most):
+        raise ShapeError(f"{name} are 1 or {most} layers; got {len(parts)}.")
+
+
+def _norm(part: NormPart | None, name: str, width: int) -> _Norm:
     if part is None:
         return _Norm(None, 0.0, 0.0)
-    weight = native.check_tensor(part.weight.detach(), "a norm's weight", F32, (None,))
+    weight = native.check_tensor(part.weight.detach(), f"{name}'s weight", F32, (width,))
     return _Norm(weight.data_ptr(), part.eps, part.plus)
 
 

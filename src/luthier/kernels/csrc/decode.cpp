@@ -441,7 +441,8 @@ bool layer_fits(const lt_decoder& d, const lt_decoder_layer& layer, const lt_ste
 }
 
 bool tokens_fit(const lt_decoder& d, const lt_step& s) {
-  if (s.T < 1 || s.S < 0 || s.S > s.T || lt_missing(s.hidden, s.positions, s.pages, s.rotary, s.rows, s.normed)) return false;
+  if (s.T < 1 || s.S < 0 || s.S > s.T || lt_missing(s.hidden, s.positions, s.pages, s.rotary)) return false;
+  if (s.S > 0 && lt_missing(s.rows, s.normed)) return false;
   for (std::int64_t n = 0; n < s.rotary_count; ++n) {
     const lt_rotary& table = s.rotary[n];
     if (lt_missing(table.cos, table.sin) || table.size < 2 || table.size % 2 != 0 || table.size > d.size) return false;

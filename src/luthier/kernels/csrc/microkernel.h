@@ -21,7 +21,11 @@ constexpr int kRows = 4;
 #endif
 constexpr int kVectors = 2;
 constexpr int kColumns = kVectors * VL;
+#if defined(LT_ISA_AVX512)
+constexpr int kDepth = 512;  // a panel of 64 KB comes from the second-level cache fast enough; tiles end less often
+#else
 constexpr int kDepth = 320;  // a panel of 320 x 16 floats and a sliver of 320 x 6 fill most of a 32 KB first-level cache
+#endif
 
 template <int R, int NV>
 LT_INLINE void steps(vf (&acc)[R][NV], const float* a, const float* b, std::int64_t depth) {
@@ -38,7 +42,7 @@ LT_INLINE void steps(vf (&acc)[R][NV], const float* a, const float* b, std::int6
     }
     __builtin_prefetch(a + R * depth);  // the next sliver, which lies behind this one: 2 % of the whole
     a += R;
-    b += NV * VL;
+    b += kColumns;
   }
 }
 
@@ -66,23 +70,26 @@ LT_INLINE void finish(const vf (&acc)[R][NV], const Product& p) {
   }
 }
 
-template <int R>
+// NV vectors of the panel's columns: all, or the first alone where the others hold nothing.
+template <int R, int NV>
 void tile_of(const Product& p) {
-  vf acc[R][kVectors];
+  vf acc[R][NV];
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) acc[i][j] = zero();
-    if (p.accumulate) __builtin_prefetch(p.c + i * p.ldc, 1);
+    for (int j = 0; j < NV; ++j) acc[i][j] = zero();
+    if (p.accumulate) {
+      for (int j = 0; j < NV * VL; j += 16) __builtin_prefetch(p.c + i * p.ldc + j, 1);
+    }
   }
-  steps<R, kVectors>(acc, p.sliver, p.panel, p.depth);
-  if (p.low_depth > 0) steps<R, kVectors>(acc, p.low_sliver, p.low_panel, p.low_depth);
-  finish<R, kVectors>(acc, p);
+  steps<R, NV>(acc, p.sliver, p.panel, p.depth);
+  if (p.low_depth > 0) steps<R, NV>(acc, p.low_sliver, p.low_panel, p.low_depth);
+  finish<R, NV>(acc, p);
 }
 
 template <int R>
 LT_INLINE void choose_tile(const Product& p) {
-  if (p.rows == R) return tile_of<R>(p);
+  if (p.rows == R) return p.columns <= VL ? tile_of<R, 1>(p) : tile_of<R, kVectors>(p);
   if constexpr (R > 1) choose_tile<R - 1>(p);
 }
 

@@ -25,7 +25,7 @@ LT_API int lt_fma_peak(std::int64_t steps, int threads, double* flops_per_second
   LT_GUARD({
     double work[lt::kMostThreads];
     float sinks[lt::kMostThreads];
-    const lt::ProbeTable& kernels = lt::table(lt::probe_tables);
+    const lt::ProbeTable& kernels = lt::table(lt::probe_tables, lt::tiles_isa());  // what products run on
     const double start = lt::now();
     lt::parallel_for(threads, threads, [&](std::int64_t i) { work[i] = kernels.fma(steps, sinks + i); });
     const double seconds = lt::now() - start;
