@@ -50,7 +50,7 @@ class Linears:
             dx, v = None, [factor_product(dy, b) if wanted else None for dy, b, wanted in zip(dys, B, wants_A, strict=True)]
         scalings = self.numbers[1::2]
         dbias = [column_sums(dy) if wanted else None for dy, wanted in zip(dys, wants_bias, strict=True)]
-        dA = [outer_op(v[p], x, scalings[p], False) if wants_A[p] else None for p in range(self.count)]
+        dA = _gradients_of_A(v, x, scalings, wants_A)
         dB = [outer_op(inner[p], dys[p], scalings[p], True) if wants_B[p] else None for p in range(self.count)]
         return dx, [*dbias, *dA, *dB]
 
@@ -65,6 +65,20 @@ class Linears:
 
     def _split(self, small: Sequence) -> tuple[list, list, list]:
         return list(small[: self.count]), list(small[self.count : 2 * self.count]), list(small[2 * self.count :])
+
+
+def _gradients_of_A(
+    v: Sequence[Tensor], x: Tensor | None, scalings: Sequence[float], wants: Sequence[bool]
+) -> list[Tensor | None]:
+    """s v^T x of each layer that wants it. What such products cost is reading x: equal scalings share one reading."""
+    chosen = [p for p, wanted in enumerate(wants) if wanted]
+    if len(chosen) < 2 or len({scalings[p] for p in chosen}) > 1:
+        return [outer_op(v[p], x, scalings[p], False) if wanted else None for p, wanted in enumerate(wants)]
+    together = outer_op(torch.cat([v[p] for p in chosen], 1), x, scalings[chosen[0]], False)
+    gradients: list[Tensor | None] = [None] * len(wants)
+    for p, gradient in zip(chosen, together.split([v[p].shape[1] for p in chosen]), strict=True):
+        gradients[p] = gradient
+    return gradients
 
 
 def linears_of(layers: Sequence[LowRankLinear]) -> tuple[Linears, list[Tensor | None]]:
