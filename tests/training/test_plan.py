@@ -20,12 +20,14 @@ from luthier.data.packing import pack_examples
 from luthier.errors import ConfigError, DataError, PreflightError
 from luthier.matrices import MATRICES
 from luthier.training import plan as planning
+from luthier.training import planner as planner_module
 from luthier.training.blueprint import read_blueprint, stored_bytes
 from luthier.training.calibrate import ByteCosts, Line, TimeCosts
 from luthier.training.events import Listener
 from luthier.training.footprint import Memory
 from luthier.training.order import Order
-from luthier.training.plan import Cut, Planner, count_trained, plan_run
+from luthier.training.plan import plan_run
+from luthier.training.planner import Cut, Planner, count_trained
 from luthier.training.prepare import read_data, read_model
 from luthier.training.sample import sample_matrix, sample_model
 from luthier.training.workload import Row, Workload, workload
@@ -175,8 +177,8 @@ def test_recomputing_everything_needs_one_layer_at_a_time() -> None:
 
 
 def test_what_does_not_fit_gets_the_nearest_that_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "available_bytes", lambda: 0)
-    monkeypatch.setattr(planning, "rss_bytes", lambda: 0)
+    monkeypatch.setattr(planner_module, "available_bytes", lambda: 0)
+    monkeypatch.setattr(planner_module, "rss_bytes", lambda: 0)
     pinned = planner(300, method="qlora", micro_batch_tokens=2048)
     assert pinned.cut()[1] is False
     assert pinned.suggestions() == ["leave micro_batch_tokens and recompute_layers to the plan"]

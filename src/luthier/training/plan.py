@@ -1,21 +1,17 @@
-"""What a run will take in memory, time and disk, before any weight is read, and how its steps are cut so that it fits."""
+"""What a run will take in memory, time and disk, before any weight is read."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from luthier.adapters.spec import AdapterSpec
-from luthier.adapters.targets import low_rank_layers, resolve_saved, resolve_targets
+from luthier.adapters.targets import resolve_saved
 from luthier.config import RunConfig
 from luthier.errors import PreflightError
-from luthier.linear import LowRankEmbedding
 from luthier.models.packed import shares_prefixes
 from luthier.training.allocator import release_free_memory, set_freed_memory_kept
 from luthier.training.blueprint import Blueprint, read_blueprint
@@ -25,9 +21,9 @@ from luthier.training.events import Listener
 from luthier.training.footprint import FLOAT_BYTES, Footprint, Memory
 from luthier.training.frozen_cache import held_bytes
 from luthier.training.memory import available_bytes, rss_bytes
+from luthier.training.planner import PACK_SIZES, Cut, Planner, count_trained
 from luthier.training.prepare import (
     RunData,
-    adapter_spec,
     check_data_is_there,
     check_rows_fit,
     read_data,
@@ -36,17 +32,11 @@ from luthier.training.prepare import (
 from luthier.training.recompute import check_recomputed
 from luthier.training.rundir import FROZEN
 from luthier.training.schedule import total_examples
-from luthier.training.workload import Workload, workload
+from luthier.training.workload import workload
 from luthier.units import duration_text, parse_size, size_text
 
-# Packs of more tokens are no faster; of fewer than the third, the products are.
-PACK_SIZES = (2048, 1024, 512)
-SMALLER_PACKS = (256, 128, 64, 8)
 SHARE_OF_FREE = 0.8
-# Cuts are chosen to stay this far below what is allowed, since the plan is off by a few percent.
-HEADROOM = 0.97
 RUN_FILES_BYTES = 4_000_000
-LEAST_LENGTH = 64
 
 
 @dataclass(frozen=True)
@@ -181,7 +171,7 @@ def make_plan(config: RunConfig, data: RunData, listener: Listener) -> Plan:
         times = measure_seconds(sample, usual, load.usual_length, trained)
     del sample
     release_free_memory()
-    plan = planner.figures(cut, times)
+    plan = _figures(planner, cut, times)
     return plan if fits or plan.fits else replace(plan, suggestions=planner.suggestions())
 
 
@@ -200,18 +190,6 @@ def allowed_bytes(config: RunConfig) -> int:
     return min(parse_size(config.memory), held + free)
 
 
-def count_trained(blueprint: Blueprint, config: RunConfig) -> tuple[list[str], int]:
-    """The layers that will carry terms, and how many numbers will train. Raises AdapterError where a target matches nothing."""
-    skeleton = blueprint.skeleton
-    if config.method == "full":
-        return [], sum(parameter.numel() for parameter in skeleton.parameters())
-    spec = adapter_spec(config)
-    saved = resolve_saved(skeleton, spec.modules_to_save) if spec.modules_to_save else []
-    targets = resolve_targets(skeleton, spec, saved)
-    whole = sum(parameter.numel() for name in saved for parameter in skeleton.get_submodule(name).parameters())
-    return targets, whole + sum(_term_numbers(skeleton, spec, target) for target in targets)
-
-
 def _frozen(blueprint: Blueprint, config: RunConfig, targets: list[str], data: RunData) -> Frozen:
     """What lies below the lowest layer that trains.
 
@@ -228,162 +206,43 @@ def _frozen(blueprint: Blueprint, config: RunConfig, targets: list[str], data: R
     return Frozen(layers, config.cache_frozen, sum(rows), blueprint.hidden_size)
 
 
-def _term_numbers(skeleton: nn.Module, spec: AdapterSpec, target: str) -> int:
-    layer = low_rank_layers(skeleton)[target]
-    rows, columns = layer.matrix.shape
-    lengths = columns if isinstance(layer, LowRankEmbedding) else rows
-    return spec.rank_of(target) * (rows + columns) + (lengths if spec.has_magnitude else 0)
+def _figures(planner: Planner, cut: Cut, times: TimeCosts) -> Plan:
+    blueprint = planner.memory.blueprint
+    seconds = planner.seconds_per_step(cut, times)
+    kept = planner.frozen_seconds_per_step(cut, times) if planner.frozen.cached else 0.0
+    adapter = 0 if planner.memory.trains_base else planner.memory.trained
+    return Plan(
+        model=planner.config.model,
+        method=planner.config.method,
+        storage=", ".join(dict.fromkeys(blueprint.storages.values())),
+        micro_batch_tokens=cut.tokens,
+        recompute_layers=cut.recomputed,
+        keeps_freed_memory=cut.keeps_freed,
+        layers=planner.layers,
+        footprint=planner.footprint(cut),
+        allowed_bytes=planner.allowed,
+        total_steps=planner.load.total_steps,
+        tokens_per_step=planner.load.tokens_per_step,
+        computed_tokens_per_step=planner.load.packing(cut.tokens).tokens,
+        seconds_per_step=seconds,
+        trainable_parameters=planner.memory.trained,
+        total_parameters=sum(parameter.numel() for parameter in blueprint.skeleton.parameters()) + adapter,
+        peak_flops=times.peak_flops,
+        efficiency=planner.flops_per_step(cut, times) / seconds / times.peak_flops if times.peak_flops else None,
+        disk_bytes=_disk_bytes(planner),
+        disk_free_bytes=shutil.disk_usage(_existing(Path(planner.config.out or "."))).free,
+        frozen_layers=planner.frozen.layers,
+        frozen_cache_bytes=planner.frozen.cache_bytes,
+        frozen_seconds=kept * planner.frozen.tokens / planner.load.tokens_per_step,
+        frozen_share=kept / (seconds + kept) if kept else 0.0,
+    )
 
 
-@dataclass(frozen=True)
-class Cut:
-    """How steps are done: tokens of a pack at most, layers computed again, and whether freed memory is kept."""
-
-    tokens: int
-    recomputed: int
-    keeps_freed: bool
-
-
-@dataclass(frozen=True)
-class Planner:
-    """Chooses how steps are cut, given what everything costs."""
-
-    config: RunConfig
-    load: Workload
-    memory: Memory
-    allowed: int
-    frozen: Frozen = field(default_factory=Frozen)
-
-    @property
-    def layers(self) -> int:
-        return self.memory.blueprint.layers
-
-    @property
-    def trained_layers(self) -> int:
-        """The layers that a gradient goes through."""
-        return self.layers - self.frozen.layers
-
-    def cut(self) -> tuple[Cut, bool]:
-        """The fastest cut that fits and True, or the smallest there is and False."""
-        for cut in self._cuts():
-            if self._peak(cut) <= HEADROOM * self.allowed:
-                return cut, True
-        return min(self._cuts(), key=self._peak), False
-
-    def _cuts(self) -> Iterator[Cut]:
-        """All cuts that the configuration leaves open, the ones to be preferred first.
-
-        Freed memory is only kept where no layer is recomputed: between what layers make twice the gaps grow large.
-        """
-        own, fixed = self.config.micro_batch_tokens, self.config.recompute_layers
-        if not fixed:
-            yield from (Cut(tokens, 0, True) for tokens in ([own] if own else PACK_SIZES))
-        for tokens in [own] if own else [*(PACK_SIZES if fixed else PACK_SIZES[-1:]), *SMALLER_PACKS]:
-            for recomputed in range(self.trained_layers + 1) if fixed is None else [fixed]:
-                yield Cut(tokens, recomputed, False)
-
-    def _peak(self, cut: Cut) -> int:
-        return self.footprint(cut).peak_bytes
-
-    def footprint(self, cut: Cut) -> Footprint:
-        return self.memory.footprint(self.load.packing(cut.tokens), cut.recomputed, keeps_freed=cut.keeps_freed)
-
-    def figures(self, cut: Cut, times: TimeCosts) -> Plan:
-        blueprint = self.memory.blueprint
-        seconds = self.seconds_per_step(cut, times)
-        kept = self.frozen_seconds_per_step(cut, times) if self.frozen.cached else 0.0
-        adapter = 0 if self.memory.trains_base else self.memory.trained
-        return Plan(
-            model=self.config.model,
-            method=self.config.method,
-            storage=", ".join(dict.fromkeys(blueprint.storages.values())),
-            micro_batch_tokens=cut.tokens,
-            recompute_layers=cut.recomputed,
-            keeps_freed_memory=cut.keeps_freed,
-            layers=self.layers,
-            footprint=self.footprint(cut),
-            allowed_bytes=self.allowed,
-            total_steps=self.load.total_steps,
-            tokens_per_step=self.load.tokens_per_step,
-            computed_tokens_per_step=self.load.packing(cut.tokens).tokens,
-            seconds_per_step=seconds,
-            trainable_parameters=self.memory.trained,
-            total_parameters=sum(parameter.numel() for parameter in blueprint.skeleton.parameters()) + adapter,
-            peak_flops=times.peak_flops,
-            efficiency=self.flops_per_step(cut, times) / seconds / times.peak_flops if times.peak_flops else None,
-            disk_bytes=self._disk_bytes(),
-            disk_free_bytes=shutil.disk_usage(_existing(Path(self.config.out or "."))).free,
-            frozen_layers=self.frozen.layers,
-            frozen_cache_bytes=self.frozen.cache_bytes,
-            frozen_seconds=kept * self.frozen.tokens / self.load.tokens_per_step,
-            frozen_share=kept / (seconds + kept) if kept else 0.0,
-        )
-
-    def frozen_seconds_per_step(self, cut: Cut, times: TimeCosts) -> float:
-        """The forward pass through the layers below the lowest that trains."""
-        packing = self.load.packing(cut.tokens)
-        return packing.packs * self.frozen.layers * times.forward.at(packing.tokens / packing.packs)
-
-    def seconds_per_step(self, cut: Cut, times: TimeCosts) -> float:
-        """Layers at the usual pack, the second forward of recomputed ones, the head on supervised tokens, the optimiser."""
-        packing = self.load.packing(cut.tokens)
-        packs, usual = packing.packs, packing.tokens / packing.packs
-        once = times.forward.at(usual)
-        layers = packs * (self.trained_layers * (once + times.backward.at(usual)) + cut.recomputed * once)
-        if not self.frozen.cached:
-            layers += self.frozen_seconds_per_step(cut, times)
-        return layers + self.load.supervised_per_step * times.head + times.optimizer
-
-    def flops_per_step(self, cut: Cut, times: TimeCosts) -> float:
-        """Products with frozen weights, forward and backward once each, for the tokens that are computed. Layers below the
-        lowest that trains go forward only, or not at all where what they give is kept."""
-        passes = self.trained_layers + (0 if self.frozen.cached else self.frozen.layers / 2)
-        layers = passes * times.layer_flops * self.load.packing(cut.tokens).tokens
-        return layers + times.head_flops * self.load.supervised_per_step
-
-    def _disk_bytes(self) -> int:
-        """Checkpoints, one more than is kept while a new one is written, the result, and what cache_frozen keeps."""
-        weights = self.memory.trained * FLOAT_BYTES
-        kept = max(0, self.frozen.cache_bytes - held_bytes(Path(self.config.out or ".") / FROZEN))
-        return (self.config.keep_checkpoints + 1) * 3 * weights + weights + RUN_FILES_BYTES + kept
-
-    def suggestions(self) -> list[str]:
-        """Settings close to the configuration's with which the run fits, as flags."""
-        found = []
-        chosen = self.config.micro_batch_tokens or self.config.recompute_layers is not None
-        if chosen and self._with({"micro_batch_tokens": None, "recompute_layers": None}).cut()[1]:
-            found.append("leave micro_batch_tokens and recompute_layers to the plan")
-        for method in ("lora", "qlora"):
-            closer = self.config.method == "full" or (method == "qlora" and self.config.method == "lora")
-            if closer and self.config.storage not in ("nf4", "asis") and self._with({"method": method, "base": None}).cut()[1]:
-                found.append(f"--method {method}")
-        if length := self._fitting_length():
-            found.append(f"--max-length {length} --on-long truncate")
-        smallest = min(map(self._peak, self._cuts()))
-        if smallest <= rss_bytes() + available_bytes():
-            found.append(f"--memory {smallest // 10**6 + 1}MB, which is there")
-        return found
-
-    def _with(self, changes: dict[str, Any]) -> Planner:
-        """The planner of a changed configuration; costs of a token are taken to stay as they are."""
-        config = self.config.model_copy(update=changes)
-        memory = self.memory
-        if "method" in changes:
-            blueprint = read_blueprint(config, Listener())
-            memory = replace(memory, blueprint=blueprint, trained=count_trained(blueprint, config)[1], trains_base=False)
-        return replace(self, config=config, memory=memory)
-
-    def _fitting_length(self) -> int | None:
-        """The largest multiple of 8 to which rows can be cut so that the run fits, if there is one below the longest."""
-        free = self._with({"micro_batch_tokens": None})
-        fitting, too_long = 0, self.load.longest // 8 + 1
-        while too_long - fitting > 1:
-            middle = (fitting + too_long) // 2
-            if replace(free, load=self.load.truncated(8 * middle)).cut()[1]:
-                fitting = middle
-            else:
-                too_long = middle
-        return 8 * fitting if LEAST_LENGTH <= 8 * fitting < self.load.longest else None
+def _disk_bytes(planner: Planner) -> int:
+    """Checkpoints, one more than is kept while a new one is written, the result, and what cache_frozen keeps."""
+    weights = planner.memory.trained * FLOAT_BYTES
+    kept = max(0, planner.frozen.cache_bytes - held_bytes(Path(planner.config.out or ".") / FROZEN))
+    return (planner.config.keep_checkpoints + 1) * 3 * weights + weights + RUN_FILES_BYTES + kept
 
 
 def _existing(path: Path) -> Path:
