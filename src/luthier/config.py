@@ -20,7 +20,12 @@ from luthier.units import parse_size
 DEFAULT_MODEL = "smollm2-135m"
 Storage = Literal["f32", "bf16", "f16", "nf4", "asis"]
 Variant = Literal["lora", "rslora", "dora"]
-ADAPTER_KEYS = ("base", "variant", "rank", "alpha", "dropout", "targets", "rank_pattern", "alpha_pattern", "modules_to_save")
+Init = Literal["default", "pissa", "eva", "loftq", "qera"]
+ADAPTER_KEYS = (
+    *("base", "variant", "init", "init_tokens", "rank", "alpha", "dropout", "targets", "rank_pattern", "alpha_pattern"),
+    "modules_to_save",
+)
+REPAIRS, MEASURED_INITS = ("loftq", "qera"), ("eva", "qera")
 NF4_KEYS = ("double_quant", "skip_modules", "cache_quantized")
 EVALUATION_KEYS = ("eval_every", "eval_rows", "samples", "max_new_tokens")
 
@@ -65,6 +70,12 @@ class RunConfig(BaseModel):
     # the adapter
     method: Literal["lora", "qlora", "full"] = "lora"
     variant: Variant = "lora"
+    init: Init = Field(
+        "default",
+        description="what terms begin with. default: A random, B = 0; pissa: the weights' principal part; eva: the main "
+        "directions of the layers' inputs; loftq, qera: a repair of what nf4 took away, qera measured on the inputs",
+    )
+    init_tokens: int = Field(16384, ge=1, description="eva, qera: tokens of training rows that inputs are measured on")
     rank: int = Field(16, ge=1)
     alpha: float = Field(32.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1, description="on the input of the low-rank terms")
@@ -155,6 +166,22 @@ class RunConfig(BaseModel):
                 f"method qlora trains on a base in 4 bits, nf4 or asis (a quantized model as it is); base is {self.base}. "
                 "Leave base out, or use method lora"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _init_has_what_it_needs(self) -> RunConfig:
+        if self.init in REPAIRS and self.storage != "nf4":
+            raise ValueError(
+                f"init {self.init} repairs what quantizing takes away; the base is not quantized while loading. "
+                "Use method qlora without base, or another init"
+            )
+        if self.init == "pissa" and self.variant == "dora":
+            raise ValueError(
+                "init pissa takes the terms' start off the weights again, and the lengths of dora's rows are those of weights "
+                "with the term alone. Use variant lora or rslora, or another init"
+            )
+        if self.init not in MEASURED_INITS and (changed := self._changed(("init_tokens",))):
+            raise ValueError(f"init {self.init} measures no inputs; {changed} would do nothing. Leave it out")
         return self
 
     @model_validator(mode="after")

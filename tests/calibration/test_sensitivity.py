@@ -9,7 +9,7 @@ import torch
 
 from luthier.calibration import collect_moments, text_packs
 from luthier.calibration.inputs import linear_layers, look_at_gradients
-from luthier.calibration.sensitivity import energy, loss_metric, mean_loss, measure_sensitivity
+from luthier.calibration.sensitivity import Sensitivity, energy, loss_metric, mean_loss, measure_sensitivity
 from luthier.errors import ConfigError, NumericError, ShapeError
 from luthier.matrices import DenseMatrix
 from luthier.models.load import load
@@ -67,7 +67,8 @@ def test_noise_is_measured_as_by_hand_and_the_model_stays(prepared) -> None:
             linear_layers(model, [name])[name].matrix = before[name]
     assert result.measured == pytest.approx(sum(rises) / 2, abs=1e-6)
     assert errors == pytest.approx([result.relative_error**2] * len(errors), rel=1e-3)
-    assert result.factor == pytest.approx(max(0.0, result.measured) / 0.01)
+    assert result.factor == pytest.approx(max(0.1, result.measured / 0.01))
+    assert Sensitivity((), 0.1, 0.01, -0.002).factor == 0.1
 
 
 def test_the_layers_come_back_when_a_pass_fails(prepared, monkeypatch: pytest.MonkeyPatch) -> None:

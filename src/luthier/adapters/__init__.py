@@ -5,11 +5,13 @@ from luthier.adapters.full import save_full, train_everything
 from luthier.adapters.peft_format import load_adapter, save_adapter
 from luthier.adapters.registry import AttachReport
 from luthier.adapters.spec import AdapterSpec
+from luthier.adapters.start import Start
 from luthier.adapters.state import adapter_state, set_adapter_state, trainable_parameters
 
 __all__ = [
     "AdapterSpec",
     "AttachReport",
+    "Start",
     "adapter_state",
     "attach",
     "detach",

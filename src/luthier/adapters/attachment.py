@@ -11,34 +11,54 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from luthier.adapters.registry import Attached, AttachReport, SavedModule, attached, pick, tensors, term_of, trains_everything
+from luthier.adapters.registry import Attached, AttachReport, SavedModule, attached, pick, tensors, terms_of, trains_everything
 from luthier.adapters.spec import AdapterSpec
+from luthier.adapters.start import Start
 from luthier.adapters.targets import Layer, is_inside, low_rank_layers, resolve_saved, resolve_targets, tied_to
 from luthier.adapters.widen import Widener, trained_copy
 from luthier.errors import AdapterError, bulleted
 from luthier.linear import LowRankEmbedding, LowRankLinear, LowRankTerm, column_norms, row_norms
 
 
-def attach(model: nn.Module, spec: AdapterSpec, *, name: str = "default", seed: int | None = None) -> AttachReport:
+def attach(
+    model: nn.Module, spec: AdapterSpec, *, name: str = "default", seed: int | None = None, start: Start | None = None
+) -> AttachReport:
     """Put a new trainable adapter on the model; everything but adapters stops requiring gradients.
 
     A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0, on embeddings A = 0, B ~ N(0, 1), a magnitude = the row norms of W, so that the
     model gives what it gave before. Each term draws from a generator of its own, seeded by `seed` and the layer's name:
     the same term whatever else is attached and in which order. seed=None draws one from torch's generator.
-    Raises AdapterError if a target or pattern matches nothing, a rank is too large for its layer, or the name is taken.
+    start: factors that terms begin with in place of these; layers it does not name begin as above.
+    Raises AdapterError if a target or pattern matches nothing, a rank is too large for its layer, the name is taken, or
+    `start` does not fit.
     """
     check_attachable(model, name)
     names, notes = _plan_saved(model, spec)
-    targets = resolve_targets(model, spec, [*names, *_trained_whole(model)])
-    _check_ranks(model, spec, targets)
+    targets = planned_targets(model, spec)
     saved = copy_modules(model, names, tied=spec.ensure_weight_tying)
     if seed is None:
         seed = int(torch.randint(2**62, ()))
-    adapter = Attached(name, spec, targets)
     layers = low_rank_layers(model)
-    terms = {target: _new_term(layers[target], spec, target, seed) for target in targets}
+    if start is not None:
+        start.check(spec, {target: layers[target] for target in targets})
+    adapter = Attached(name, spec, targets, taken_off=list(start.factors) if start is not None and start.taken_off else [])
+    given = {} if start is None else start.factors
+    terms = {
+        target: make_term(layers[target], spec, target, *(factor.clone() for factor in given[target]))
+        if target in given
+        else _new_term(layers[target], spec, target, seed)
+        for target in targets
+    }
     install(model, adapter, terms, saved)
     return AttachReport(targets, count_numbers(model, adapter), notes + tied_target_notes(model, targets))
+
+
+def planned_targets(model: nn.Module, spec: AdapterSpec) -> list[str]:
+    """The layers that `attach` will put terms on. Raises AdapterError where it would, for targets and ranks."""
+    names, _ = _plan_saved(model, spec)
+    targets = resolve_targets(model, spec, [*names, *_trained_whole(model)])
+    _check_ranks(model, spec, targets)
+    return targets
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
@@ -51,7 +71,8 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         for target in adapter.targets:
             layer = model.get_submodule(target)
             assert isinstance(layer, (LowRankLinear, LowRankEmbedding))
-            del layer.terms[adapter.name]
+            for key in adapter.keys(target):
+                del layer.terms[key]
         for path, saved in adapter.saved.items():
             _put(model, path, saved.base)
         del adapters[adapter.name]
@@ -65,7 +86,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     """
     if trains_everything(model):
         raise AdapterError("a model that trains everything keeps no base to go back to. Load the base model a second time.")
-    terms = [term_of(model, adapter, target) for adapter in attached(model).values() for target in adapter.targets]
+    terms = [term for own in attached(model).values() for target in own.targets for term in terms_of(model, own, target)]
     saved = {path: module for adapter in attached(model).values() for path, module in adapter.saved.items()}
     enabled = [term.enabled for term in terms]
     present = {path: model.get_submodule(path) for path in saved}
@@ -142,6 +163,8 @@ def install(model: nn.Module, adapter: Attached, terms: dict[str, LowRankTerm], 
         layer = model.get_submodule(target)
         assert isinstance(layer, (LowRankLinear, LowRankEmbedding))
         term.train(layer.training)
+        if target in adapter.taken_off:
+            layer.terms[adapter.start_key] = opposite(term).to(layer.weight.device)
         layer.terms[adapter.name] = term.to(layer.weight.device)
     for path, module in saved.items():
         _put(model, path, module.trained)
@@ -193,6 +216,12 @@ def make_term(
         norms = column_norms if isinstance(layer, LowRankEmbedding) else row_norms
         term.magnitude = nn.Parameter(norms(layer.matrix, term))
     return term
+
+
+def opposite(term: LowRankTerm) -> LowRankTerm:
+    """-s B A of the term as it is now, a frozen copy without dropout."""
+    taken = LowRankTerm(term.lora_A.detach().clone(), -term.lora_B.detach(), term.scaling)
+    return taken.requires_grad_(False)
 
 
 def _seed_of(seed: int, name: str) -> int:

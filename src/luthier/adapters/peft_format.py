@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from luthier.adapters.attachment import (
 from luthier.adapters.base_record import BASE_FILE, LARGEST_DIFFERENCE, compare_base, write_base_record
 from luthier.adapters.files import recover, staged_folder
 from luthier.adapters.peft_config import CONFIG_FILE, PeftConfig, config_fields, find_saved, find_targets, read_config
-from luthier.adapters.registry import PREFIX, Attached, AttachReport, pick
+from luthier.adapters.registry import PREFIX, Attached, AttachReport, pick, terms_of
 from luthier.adapters.spec import AdapterSpec
 from luthier.adapters.state import adapter_state, check_finite_tensors, misfits
 from luthier.adapters.targets import Layer, inert_patterns, low_rank_layers
@@ -45,6 +46,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def save_adapter(model: nn.Module, folder: str | Path, *, base_name: str | None = None, name: str | None = None) -> Path:
     """Write an attached adapter as a PEFT folder, which appears whole or not at all, and return the folder.
 
+    It stands on the base as it was loaded: where the start of its terms is taken off again, s (B A - B0 A0) is written as
+    one term of rank 2r.
     base_name: how the base model is called, for PEFT's AutoPeftModel; default: the name the model carries.
     name: which adapter; not needed where only one is attached.
     Raises AdapterError if there is no such adapter or `folder` holds anything but an earlier adapter; NumericError if
@@ -52,6 +55,8 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_name: str | None 
     """
     adapter = pick(model, name)
     state = adapter_state(model, adapter.name)
+    if adapter.taken_off:
+        adapter = _with_start(model, adapter, state)
     check_finite_tensors(state, "an adapter that is saved")
     layers = low_rank_layers(model)
     state |= {
@@ -114,6 +119,31 @@ def load_adapter(
         part.requires_grad_(trainable)
     notes += tied_target_notes(model, targets)
     return AttachReport(targets, count_numbers(model, adapter) if trainable else 0, notes)
+
+
+def _with_start(model: nn.Module, adapter: Attached, state: dict[str, Tensor]) -> Attached:
+    """Put s (B A - B0 A0) = s [B, -B0] [A; A0] into `state` and return a record with the rank and alpha that belong to it.
+
+    Twice the rank with the same s: alpha is doubled too, and multiplied by the root of 2 where s = alpha / sqrt(r). Layers
+    whose start is not taken off are filled up with zeros, for their ranks follow the same patterns.
+    """
+    for target in adapter.targets:
+        *taken, term = terms_of(model, adapter, target)
+        embedding = isinstance(model.get_submodule(target), LowRankEmbedding)
+        keys = [f"{PREFIX}{target}.lora_{'embedding_' * embedding}{side}{'' if embedding else '.weight'}" for side in "AB"]
+        A0, B0 = (taken[0].lora_A, taken[0].lora_B) if taken else (torch.zeros_like(term.lora_A), torch.zeros_like(term.lora_B))
+        state[keys[0]] = torch.cat([term.lora_A, A0]).detach().to("cpu").contiguous()
+        state[keys[1]] = torch.cat([term.lora_B, B0], 1).detach().to("cpu").contiguous()
+    spec = adapter.spec
+    factor = math.sqrt(2) if spec.rank_stabilized else 2
+    doubled = dataclasses.replace(
+        spec,
+        rank=2 * spec.rank,
+        alpha=factor * spec.alpha,
+        rank_pattern={pattern: 2 * rank for pattern, rank in spec.rank_pattern.items()},
+        alpha_pattern={pattern: factor * alpha for pattern, alpha in spec.alpha_pattern.items()},
+    )
+    return dataclasses.replace(adapter, spec=doubled)
 
 
 def _check_files(folder: Path) -> None:

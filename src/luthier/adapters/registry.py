@@ -13,6 +13,7 @@ from luthier.linear import LowRankEmbedding, LowRankLinear, LowRankTerm
 
 PREFIX = "base_model.model."
 _RECORD = "_luthier_adapters"
+_START = "+start"
 _FULL = "_luthier_trains_everything"
 
 
@@ -26,12 +27,25 @@ class SavedModule:
 
 @dataclass
 class Attached:
-    """One adapter on a model: its settings, the layers with its terms, the modules it trains whole, by name."""
+    """One adapter on a model: its settings, the layers with its terms, the modules it trains whole, by name.
+
+    taken_off: the targets with a second, frozen term -s B0 A0, which takes off what the trained one started from.
+    """
 
     name: str
     spec: AdapterSpec
     targets: list[str]
     saved: dict[str, SavedModule] = field(default_factory=dict)
+    taken_off: list[str] = field(default_factory=list)
+
+    @property
+    def start_key(self) -> str:
+        """The name, among a layer's terms, of the frozen one that takes the start off."""
+        return f"{self.name}{_START}"
+
+    def keys(self, target: str) -> list[str]:
+        """The names of this adapter's terms on a layer."""
+        return [self.start_key, self.name] if target in self.taken_off else [self.name]
 
 
 @dataclass
@@ -74,12 +88,17 @@ def pick(model: nn.Module, name: str | None) -> Attached:
 
 
 def term_of(model: nn.Module, adapter: Attached, target: str) -> LowRankTerm:
-    """The adapter's term on the layer of that name."""
+    """The adapter's own term on the layer of that name, which trains."""
+    return terms_of(model, adapter, target)[-1]
+
+
+def terms_of(model: nn.Module, adapter: Attached, target: str) -> list[LowRankTerm]:
+    """All of the adapter's terms on the layer of that name: the one that takes the start off, if there is one, then its own."""
     layer = model.get_submodule(target)
     assert isinstance(layer, (LowRankLinear, LowRankEmbedding))
-    term = layer.terms[adapter.name]
-    assert isinstance(term, LowRankTerm)
-    return term
+    terms = [layer.terms[key] for key in adapter.keys(target)]
+    assert all(isinstance(term, LowRankTerm) for term in terms)
+    return terms  # type: ignore[return-value]
 
 
 def tensors(model: nn.Module, adapter: Attached) -> Iterator[tuple[str, Tensor]]:

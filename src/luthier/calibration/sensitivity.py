@@ -31,6 +31,7 @@ from luthier.models.modes import evaluation_mode
 from luthier.progress import Progress
 
 DEFAULT_RISE = 0.05
+LEAST_FACTOR = 0.1
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,9 @@ class Sensitivity:
 
     @property
     def factor(self) -> float:
-        """measured / predicted, at least 0: by what to multiply predictions for layers of this group."""
-        return max(0.0, self.measured) / self.predicted
+        """measured / predicted, by what to multiply predictions for layers of this group; at least 0.1, for a rise that
+        the text was too short to show does not make a layer free."""
+        return max(LEAST_FACTOR, self.measured / self.predicted)
 
 
 def loss_metric(moments: Moments, out_features: int, supervised_tokens: int) -> Tensor:

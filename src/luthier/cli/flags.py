@@ -60,6 +60,10 @@ class RunFlags:
     base: Base = None
     skip_modules: SkipModules = None
     variant: Annotated[str | None, _option("--variant", show="lora|rslora|dora", text="Kind of terms. [default: lora]")] = None
+    init: Annotated[
+        str | None,
+        _option("--init", show="default|pissa|eva|loftq|qera", text="What the terms begin with. [default: default]"),
+    ] = None
     rank: Annotated[int | None, _option("--rank", show="N", text="Rank of the terms. [default: 16]")] = None
     alpha: Annotated[float | None, _option("--alpha", show="N", text="Scale of the terms is alpha/rank. [default: 32]")] = None
     dropout: Annotated[float | None, _option("--dropout", show="P", text="Dropout on the terms' input. [default: 0]")] = None

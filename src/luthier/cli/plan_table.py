@@ -58,6 +58,7 @@ def _peak_remark(plan: Plan) -> str:
     where = "in a step"
     if plan.peak_bytes > plan.footprint.step_bytes:
         where = "while loading" if plan.peak_bytes == plan.footprint.load_bytes else "while the report is written"
+        where = "while the terms' start is made" if plan.peak_bytes == plan.footprint.initial_bytes else where
     return f"{where}; {size_text(plan.allowed_bytes)} allowed"
 
 
@@ -69,6 +70,8 @@ def _other_rows(plan: Plan) -> list[Row]:
     if plan.frozen_cache_bytes:
         remark = f"of that; saves {percent_text(plan.frozen_share)} of a step, made in {duration_text(plan.frozen_seconds)}"
         kept.append(("frozen cache", size_text(plan.frozen_cache_bytes), remark))
+    if plan.init != "default":
+        kept.append((f"init {plan.init}", duration_text(plan.initial_seconds), "once, before the first step"))
     return [
         ("a step", duration_text(plan.seconds_per_step), f"{count_text(plan.tokens_per_step)} tokens; {speed}".rstrip("; ")),
         ("the run", duration_text(plan.seconds), f"{count_text(plan.total_steps)} steps, without evaluation"),

@@ -18,8 +18,8 @@ from luthier.units import metric_text, number_text, percent_text, shortened, siz
 CARD = "README.md"
 KNOWN_LICENSES = {ALIAS: "apache-2.0", HUB_NAME: "apache-2.0"}
 RECIPE_KEYS = (
-    "method", "variant", "base", "rank", "alpha", "dropout", "targets", "learning_rate", "epochs", "steps", "batch_size",
-    "max_length", "optimizer", "seed",
+    "method", "variant", "init", "base", "rank", "alpha", "dropout", "targets", "learning_rate", "epochs", "steps",
+    "batch_size", "max_length", "optimizer", "seed",
 )  # fmt: skip
 LIBRARIES = {"peft": "peft", "merged": "transformers", "gguf": "gguf", "gguf-adapter": "gguf", "mlx": "mlx"}
 _LICENSE = re.compile(r"^license:\s*['\"]?([\w.+-]+)", re.MULTILINE)

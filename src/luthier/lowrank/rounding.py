@@ -12,7 +12,9 @@ Sources: GPTQ, arXiv:2210.17323; its form without an inverse, LDLQ, arXiv:2307.1
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +23,10 @@ from luthier.errors import NumericError, ShapeError
 
 BLOCK = 64  # columns that are rounded one by one before what they did reaches the others as one product
 DAMPING = 0.01
+SYSTEM_NUMBERS = 1 << 22  # of the linear systems that are solved at once when steps are fitted, 32 MB
+SHARES = torch.linspace(0.7, 1.05, 15)  # of the step that just reaches a group's largest weight
+
+Stored = TypeVar("Stored")
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,10 +94,12 @@ def round_in_metric(
     weight: (out, in); moments H: (in, in), positive definite, so usually `damped`. Columns are taken in falling order of
     H_jj. codes: where to go on from; then all passes are descent. Products are float32 over blocks of 64 columns, sums for
     what a column makes up for are exact to about 1e-6 of the weights, so that a near tie may fall either way.
-    Raises ShapeError for moments of another shape, NumericError where H is not positive definite.
+    Raises ShapeError for moments of another shape or less than one pass, NumericError where H is not positive definite.
     """
     if moments.shape != (weight.shape[1],) * 2:
         raise ShapeError(f"moments are (in_features, in_features); got {tuple(moments.shape)} for {tuple(weight.shape)}.")
+    if passes < 1:
+        raise ShapeError(f"rounding takes at least one pass; got {passes}.")
     order = moments.diagonal().argsort(descending=True)
     H = moments[order][:, order]
     work = _Columns(weight, grid, order)
@@ -167,7 +175,44 @@ def _descend(work: _Columns, H: Tensor) -> None:
         E[first:last] += change
 
 
-def search_steps(weight: Tensor, diagonal: Tensor, levels: Tensor, largest: Tensor, shares: Tensor) -> Tensor:
+def round_with_steps(
+    weight: Tensor,
+    moments: Tensor,
+    levels: Tensor,
+    first: Tensor,
+    store: Callable[[Tensor], tuple[Stored, Tensor]],
+    *,
+    passes: int,
+    rounds: int,
+) -> tuple[Stored, Tensor]:
+    """(steps as they are stored, codes (out, in) uint8): codes chosen for steps, then steps fitted to codes, in turns.
+
+    first: steps to begin with, (out, groups), or (out, in) where groups do not divide a row, whose steps are never fitted;
+    store: steps -> what the format keeps of them, and the steps that it gives back. The first round takes `passes` passes of
+    `round_in_metric`, each of `rounds - 1` more fits the steps and takes as many of descent. The round with the least error
+    is returned, since what a format keeps of a step may be worse than the step before. Raises what `round_in_metric` raises,
+    and ShapeError for less than one round.
+    """
+    if rounds < 1:
+        raise ShapeError(f"rounding takes at least one round; got {rounds}.")
+    metric = moments.to(torch.float32)
+    stored, steps = store(first)
+    best: tuple[float, Stored, Tensor] | None = None
+    codes: Tensor | None = None
+    for index in range(rounds):
+        grid = Grid(levels, steps)
+        codes, left = round_in_metric(weight, moments, grid, passes=passes, codes=codes)
+        error = float(((left @ metric) * left).sum(dtype=torch.float64))
+        if best is None or error < best[0]:
+            best = (error, stored, codes)
+        if index + 1 == rounds or steps.shape == weight.shape:
+            break
+        stored, steps = store(fit_steps(weight, metric, grid, codes))
+    assert best is not None
+    return best[1], best[2]
+
+
+def search_steps(weight: Tensor, diagonal: Tensor, levels: Tensor, largest: Tensor, shares: Tensor = SHARES) -> Tensor:
     """For each group the share of `largest` that as step gives the least sum_j H_jj (w_j - q_j)^2 at nearest codes.
 
     weight: (groups, width) float32; diagonal: H_jj laid out the same; largest: (groups, 1), the step that just reaches the
@@ -190,13 +235,19 @@ def fit_steps(weight: Tensor, moments: Tensor, grid: Grid, codes: Tensor) -> Ten
     (out, groups), without offset; -> (out, groups) float32. A group whose levels are all 0 keeps its step, and so does one
     whose new step is not finite or of the other sign. Solved in float64; 1e-6 of the diagonal holds each step to the old one.
     """
-    old = grid.step.to(torch.float64)
-    groups, width = old.shape[1], weight.shape[1] // old.shape[1]
+    groups = grid.step.shape[1]
     H = moments.to(torch.float32)
-    levels = grid.levels[codes.to(torch.int64)]
-    grouped = levels.view(len(weight), groups, width)
-    right = ((weight.to(torch.float32) @ H).view_as(grouped) * grouped).sum(2).to(torch.float64)
-    system = torch.empty(len(weight), groups, groups, dtype=torch.float64)
+    rows = max(1, SYSTEM_NUMBERS // groups**2)
+    parts = zip(weight.split(rows), codes.split(rows), grid.step.split(rows), strict=True)
+    return torch.cat([_fitted_rows(W, H, grid.levels[own.to(torch.int64)], old) for W, own, old in parts])
+
+
+def _fitted_rows(W: Tensor, H: Tensor, levels: Tensor, step: Tensor) -> Tensor:
+    old = step.to(torch.float64)
+    groups, width = old.shape[1], W.shape[1] // old.shape[1]
+    grouped = levels.view(len(W), groups, width)
+    right = ((W.to(torch.float32) @ H).view_as(grouped) * grouped).sum(2).to(torch.float64)
+    system = torch.empty(len(W), groups, groups, dtype=torch.float64)
     for b in range(groups):
         rows = H[b * width : (b + 1) * width]
         system[:, b] = ((grouped[:, b] @ rows).view_as(grouped) * grouped).sum(2)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from luthier.training.blueprint import Blueprint
 from luthier.training.calibrate import ByteCosts
+from luthier.training.initial_costs import InitialCosts
 from luthier.training.workload import Packing
 
 FLOAT_BYTES = 4
@@ -21,7 +22,8 @@ HIDDEN_COPIES, SUPERVISED_COPIES = 4, 3
 @dataclass(frozen=True)
 class Footprint:
     """Bytes of the whole process when it holds most. activations: what layers keep for backward and what their backward
-    works with; head: one chunk of logits where it adds to that. load_bytes: the highest point while the model is loaded."""
+    works with; head: one chunk of logits where it adds to that. load_bytes, initial_bytes: the highest points while the model
+    is loaded, and while what the terms start from is made. adapter_bytes: frozen terms of the start included."""
 
     runtime_bytes: int
     base_bytes: int
@@ -32,6 +34,7 @@ class Footprint:
     head_bytes: int
     load_bytes: int
     finish_bytes: int
+    initial_bytes: int = 0
 
     @property
     def step_bytes(self) -> int:
@@ -43,7 +46,7 @@ class Footprint:
 
     @property
     def peak_bytes(self) -> int:
-        return max(self.step_bytes, self.load_bytes, self.finish_bytes)
+        return max(self.step_bytes, self.load_bytes, self.initial_bytes, self.finish_bytes)
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Memory:
 
     runtime_bytes: what the process holds before the model is loaded. trained: numbers in training. trains_base: they are
     the model's own weights, not numbers beside them. frozen_layers: those below the lowest that trains, which keep nothing.
+    initial: what making the terms' start takes.
     """
 
     runtime_bytes: int
@@ -60,6 +64,7 @@ class Memory:
     trained: int
     trains_base: bool
     frozen_layers: int = 0
+    initial: InitialCosts = field(default_factory=InitialCosts)
 
     def footprint(self, packing: Packing, recomputed: int, *, keeps_freed: bool) -> Footprint:
         """With that many layers computed again in backward, freed memory kept for the next tensors or given back.
@@ -86,7 +91,7 @@ class Memory:
             gradients, activations, highest = (0, activations, highest) if highest > own else (own, 0.0, 0.0)
         gaps = GAPS if keeps_freed else 1.0
         fixed = self.runtime_bytes + self.blueprint.base_bytes
-        adapter = 0 if self.trains_base else own
+        adapter = 0 if self.trains_base else own + self.initial.frozen * FLOAT_BYTES
         return Footprint(
             runtime_bytes=self.runtime_bytes,
             base_bytes=self.blueprint.base_bytes,
@@ -97,4 +102,13 @@ class Memory:
             head_bytes=round(gaps * (highest - activations)),
             load_bytes=fixed + self.blueprint.loading_bytes,
             finish_bytes=fixed + adapter + 2 * own + FINISHING_BYTES,
+            initial_bytes=self._initial_bytes(fixed, tokens),
         )
+
+    def _initial_bytes(self, fixed: int, tokens: int) -> int:
+        """The factors made so far, the pass that measures inputs, the least room for their moments, one decomposition."""
+        initial = self.initial
+        if not initial.kept:
+            return 0
+        passing = round(self.costs.working * tokens) if initial.tokens else 0
+        return fixed + initial.kept * FLOAT_BYTES + passing + initial.moments_bytes + initial.working_bytes

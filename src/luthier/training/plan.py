@@ -20,6 +20,7 @@ from luthier.training.depth import Frozen, frozen_layers, refuse_cache, refuse_e
 from luthier.training.events import Listener
 from luthier.training.footprint import FLOAT_BYTES, Footprint, Memory
 from luthier.training.frozen_cache import held_bytes
+from luthier.training.initial_costs import initial_costs
 from luthier.training.memory import available_bytes, rss_bytes
 from luthier.training.planner import PACK_SIZES, Cut, Planner, count_trained
 from luthier.training.prepare import (
@@ -48,6 +49,7 @@ class Plan:
     peak_flops: of this machine; efficiency: the share of it that a step reaches, None without the native kernels.
     frozen_layers: those below the lowest that trains. frozen_cache_bytes: what cache_frozen keeps of them on disk, 0 without
     it, when frozen_seconds pass before the first step and frozen_share is the part of a step's time that is saved.
+    init: what terms start from, made in initial_seconds; moments_bytes: what second moments may hold while it is made.
     suggestions: where the run does not fit, settings with which it does.
     """
 
@@ -74,6 +76,9 @@ class Plan:
     frozen_cache_bytes: int = 0
     frozen_seconds: float = 0.0
     frozen_share: float = 0.0
+    init: str = "default"
+    initial_seconds: float = 0.0
+    moments_bytes: int = 0
     suggestions: list[str] = field(default_factory=list)
 
     @property
@@ -82,7 +87,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        return self.frozen_seconds + self.total_steps * self.seconds_per_step
+        return self.frozen_seconds + self.initial_seconds + self.total_steps * self.seconds_per_step
 
     @property
     def fits(self) -> bool:
@@ -162,7 +167,9 @@ def make_plan(config: RunConfig, data: RunData, listener: Listener) -> Plan:
         if shares_prefixes(sample.model):
             load = workload(config, data.train.examples, share=True)
         costs = measure_bytes(sample, MEMORY_TOKENS, load.usual_length)
-        memory = Memory(_runtime_bytes(sample), blueprint, costs, trained, config.method == "full", frozen.layers)
+        initial = initial_costs(blueprint, config, targets)
+        full = config.method == "full"
+        memory = Memory(_runtime_bytes(sample), blueprint, costs, trained, full, frozen.layers, initial)
         planner = Planner(config, load, memory, allowed_bytes(config), frozen)
         cut, fits = planner.cut()
         set_freed_memory_kept(cut.keeps_freed)
@@ -235,14 +242,18 @@ def _figures(planner: Planner, cut: Cut, times: TimeCosts) -> Plan:
         frozen_cache_bytes=planner.frozen.cache_bytes,
         frozen_seconds=kept * planner.frozen.tokens / planner.load.tokens_per_step,
         frozen_share=kept / (seconds + kept) if kept else 0.0,
+        init=planner.config.init,
+        initial_seconds=planner.initial_seconds(cut, times),
+        moments_bytes=planner.moments_bytes(cut),
     )
 
 
 def _disk_bytes(planner: Planner) -> int:
-    """Checkpoints, one more than is kept while a new one is written, the result, and what cache_frozen keeps."""
+    """Checkpoints, one more than is kept while a new one is written, the result, the start, and what cache_frozen keeps."""
     weights = planner.memory.trained * FLOAT_BYTES
     kept = max(0, planner.frozen.cache_bytes - held_bytes(Path(planner.config.out or ".") / FROZEN))
-    return (planner.config.keep_checkpoints + 1) * 3 * weights + weights + RUN_FILES_BYTES + kept
+    initial = (planner.memory.initial.kept + planner.memory.initial.frozen) * FLOAT_BYTES
+    return (planner.config.keep_checkpoints + 1) * 3 * weights + weights + initial + RUN_FILES_BYTES + kept
 
 
 def _existing(path: Path) -> Path:

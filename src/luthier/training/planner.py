@@ -97,6 +97,17 @@ class Planner:
             layers += self.frozen_seconds_per_step(cut, times)
         return layers + self.load.supervised_per_step * times.head + times.optimizer
 
+    def initial_seconds(self, cut: Cut, times: TimeCosts) -> float:
+        """Decompositions, and the pass that measures inputs, whose products cost about as much as the layers' own."""
+        initial, packing = self.memory.initial, self.load.packing(cut.tokens)
+        usual = packing.tokens / packing.packs
+        return initial.seconds + 2 * self.layers * times.forward.at(usual) * initial.tokens / usual
+
+    def moments_bytes(self, cut: Cut) -> int:
+        """What second moments may hold: as much as lets the run's highest point stay where it is, or the least there is."""
+        footprint = self.footprint(cut)
+        return self.memory.initial.moments_bytes + footprint.peak_bytes - footprint.initial_bytes
+
     def flops_per_step(self, cut: Cut, times: TimeCosts) -> float:
         """Products with frozen weights, forward and backward once each, for the tokens that are computed. Layers below the
         lowest that trains go forward only, or not at all where what they give is kept."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from luthier.adapters import AdapterSpec, attach, train_everything, trainable_parameters
+from luthier.adapters import AdapterSpec, Start, attach, train_everything, trainable_parameters
 from luthier.config import DEFAULT_MODEL, RunConfig
 from luthier.data import Dataset, Renderer, RowCache, load_examples, overlap
 from luthier.data.read import open_source
@@ -21,6 +21,7 @@ from luthier.models.smollm2 import HUB_NAME
 from luthier.models.source import ModelSource
 from luthier.training.depth import frozen_layers, refuse_cache, refuse_entry
 from luthier.training.events import Listener
+from luthier.training.initial import make_start
 from luthier.training.schedule import (
     CHECKPOINTS_A_RUN,
     DEFAULT_EPOCHS,
@@ -56,7 +57,10 @@ class RunData:
 
 @dataclass
 class RunModel:
-    """The model with what is to be trained on it, and the configuration with every default resolved."""
+    """The model with what is to be trained on it, and the configuration with every default resolved.
+
+    start: what its terms start from, until that is kept in the run's folder; initial_sha256: of it, empty without one.
+    """
 
     model: Any
     tokenizer: Any
@@ -64,6 +68,8 @@ class RunModel:
     schedule: Schedule
     base_name: str
     fingerprint: str
+    start: Start | None = None
+    initial_sha256: str = ""
     trainable: list[tuple[str, nn.Parameter]] = field(default_factory=list)
 
     @property
@@ -124,11 +130,18 @@ def read_data(config: RunConfig, listener: Listener) -> RunData:
 
 
 def read_model(
-    config: RunConfig, data: RunData, listener: Listener, refuse_base: Callable[[str], None] | None = None
+    config: RunConfig,
+    data: RunData,
+    listener: Listener,
+    *,
+    moments_bytes: int = 0,
+    refuse_base: Callable[[str], None] | None = None,
+    start: Start | None = None,
 ) -> RunModel:
     """Load the model, check it against the data, and make ready what is to be trained.
 
-    refuse_base(fingerprint) may raise where the run goes on and this is not its base model.
+    moments_bytes: what measuring the layers' inputs may hold, where the init does. refuse_base(fingerprint) may raise where
+    the run goes on and this is not its base model; start: what its terms started from then, None where that is made anew.
     Raises ModelError, AdapterError, PreflightError.
     """
     loaded = load(config.model, base=config.storage, nf4=config.nf4_options, offline=config.offline, progress=listener.stage)
@@ -143,8 +156,11 @@ def read_model(
         refuse_base(base)
     config = _resolved(config, model, len(data.train.examples))
     schedule = _schedule(config, len(data.train.examples))
-    prepared = RunModel(model, loaded.tokenizer, config, schedule, _base_name(loaded.source), base)
-    for note in _make_trainable(model, config):
+    if start is None and config.init != "default":
+        start = make_start(model, loaded.source.path, config, adapter_spec(config), data.train, moments_bytes, listener)
+    prepared = RunModel(model, loaded.tokenizer, config, schedule, _base_name(loaded.source), base, start)
+    prepared.initial_sha256 = "" if start is None else start.sha256()
+    for note in _make_trainable(model, config, start):
         listener.note(note)
     prepared.trainable = trainable_parameters(model)
     if config.cache_frozen:
@@ -157,7 +173,8 @@ def read_model(
 def identity_of(prepared: RunModel, data: RunData) -> Identity:
     """What a checkpoint of this run says of itself."""
     held_out = data.held_out.manifest["sha256"] if data.held_out else None
-    return Identity(prepared.config.model_dump(mode="json"), data.train.manifest["sha256"], held_out, prepared.fingerprint)
+    config = prepared.config.model_dump(mode="json")
+    return Identity(config, data.train.manifest["sha256"], held_out, prepared.fingerprint, prepared.initial_sha256)
 
 
 def set_training_mode(model: nn.Module) -> None:
@@ -185,12 +202,12 @@ def _base_name(source: ModelSource) -> str:
     return source.name if source.kind == "hub" else str(source.path)
 
 
-def _make_trainable(model: nn.Module, config: RunConfig) -> list[str]:
+def _make_trainable(model: nn.Module, config: RunConfig, start: Start | None) -> list[str]:
     """Attach the adapter, or make every weight trainable; returns what the person should know."""
     if config.method == "full":
         train_everything(model)
         return []
-    return attach(model, adapter_spec(config), seed=config.seed).notes
+    return attach(model, adapter_spec(config), seed=config.seed, start=start).notes
 
 
 def adapter_spec(config: RunConfig) -> AdapterSpec:

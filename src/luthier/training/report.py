@@ -69,7 +69,11 @@ def _lead(files: RunFiles) -> str:
     config = files.config
     if not config:
         return "The configuration of this run was not found."
-    method = "All weights" if config.get("method") == "full" else f"A rank {config.get('rank', '?')} {_variant(config)} adapter"
+    method = (
+        "All weights"
+        if config.get("method") == "full"
+        else f"A rank {config.get('rank', '?')} {_variant(config)} adapter{_start(config)}"
+    )
     sentence = f"{method} for {config.get('model', '?')}, trained on {Path(str(config.get('data', '?'))).name}"
     steps = finite(files.result.get("steps")) or (files.steps[-1]["step"] if files.steps else None)
     return f"{sentence}, {count_text(steps)} steps." if steps else f"{sentence}."
@@ -77,6 +81,11 @@ def _lead(files: RunFiles) -> str:
 
 def _variant(config: Mapping[str, Any]) -> str:
     return {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}.get(str(config.get("variant")), str(config.get("variant")))
+
+
+def _start(config: Mapping[str, Any]) -> str:
+    names = {"pissa": "PiSSA", "eva": "EVA", "loftq": "LoftQ", "qera": "QERA"}
+    return f" that began from {names[str(config['init'])]}" if config.get("init") in names else ""
 
 
 def _unfinished(files: RunFiles) -> str:

@@ -8,8 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
+from luthier.adapters import Start
 from luthier.config import RunConfig, make_config
+from luthier.disk import flush
 from luthier.errors import CheckpointError, ConfigError, PreflightError
 from luthier.notices import heard_by
 from luthier.training import rundir
@@ -17,9 +20,10 @@ from luthier.training.checkpoint import Checkpoint, read_newest, remove_staging
 from luthier.training.environment import describe_environment, numeric_differences
 from luthier.training.evaluations import Evaluations
 from luthier.training.events import Listener
-from luthier.training.files import MANIFEST
+from luthier.training.files import MANIFEST, explain_write_error
 from luthier.training.finish import finish
 from luthier.training.frozen_cache import remove_frozen
+from luthier.training.initial import read_start, write_start
 from luthier.training.interrupts import Interrupts
 from luthier.training.loop import Job, train_loop
 from luthier.training.memory import (
@@ -69,7 +73,7 @@ def train(config: RunConfig, *, listener: Listener | None = None, overwrite: boo
         listener.note(plan.line())
         config = plan.applied(config)
         with _memory_explained(lambda: explain_out_of_memory_loading(config)):
-            prepared = read_model(config, data, listener)
+            prepared = read_model(config, data, listener, moments_bytes=plan.moments_bytes)
         with (
             _memory_explained(lambda: explain_out_of_memory(config, data.longest)),
             _running(Notes(run, listener)) as interrupts,
@@ -123,11 +127,15 @@ def resume(run_dir: Path | str, *, listener: Listener | None = None, weights_onl
         data = read_data(config, listener)
         held_out = data.held_out.manifest["sha256"] if data.held_out else None
         checkpoint.identity.refuse_other_data(data.train.manifest["sha256"], held_out)
+        sha256 = checkpoint.identity.initial_sha256
+        start = read_start(path / rundir.INITIAL, sha256) if sha256 else None
         plan = make_plan(config, data, listener)
         _require_fit_resumed(plan, path)
         listener.note(plan.line())
         with _memory_explained(lambda: explain_out_of_memory_loading(config)):
-            prepared = read_model(config, data, listener, checkpoint.identity.refuse_other_base)
+            refuse_base = checkpoint.identity.refuse_other_base
+            prepared = read_model(config, data, listener, refuse_base=refuse_base, start=start)
+            prepared.start = start = None
         with (
             _memory_explained(lambda: explain_out_of_memory_resumed(path / rundir.CONFIG, plan.recompute_layers, plan.layers)),
             _running(notes) as interrupts,
@@ -218,7 +226,20 @@ def _write_beginning(job: Job, plan: Plan) -> None:
     run.write_json(rundir.DATA_MANIFEST, job.data.manifest())
     run.write_json(rundir.SAMPLES, [])
     run.write_json(rundir.PLAN, plan.to_json())
+    if job.prepared.start is not None:
+        _write_start(run, job.prepared.start)
+        job.prepared.start = None
     run.write_config(job.prepared.config.model_dump(mode="json"))
+
+
+def _write_start(run: RunDir, start: Start) -> None:
+    """Keep what the terms start from, which a run that goes on needs. Raises CheckpointError if the disk refuses."""
+    path = run.path / rundir.INITIAL
+    try:
+        write_start(path, start)
+        flush(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(explain_write_error(error, path)) from error
 
 
 @torch.no_grad()

@@ -30,9 +30,10 @@ ADAPTER = "adapter"
 MODEL = "model"
 PLOTS = "plots"
 FROZEN = "frozen"
+INITIAL = "initial.safetensors"
 NAMES = frozenset(
     {CONFIG, ENVIRONMENT, DATA_MANIFEST, METRICS, SAMPLES, PLAN, NOTES, RESULT, REPORT, CHECKPOINTS, ADAPTER, MODEL, PLOTS}
-    | {FROZEN, MANIFEST, LOCK_FILE}
+    | {FROZEN, INITIAL, MANIFEST, LOCK_FILE}
 )
 # What a save leaves that was killed: while it wrote, and between its two renames.
 LEFTOVERS = (STAGING_PREFIX, f".{ADAPTER}.", f".{MODEL}.")

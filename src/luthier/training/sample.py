@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from luthier.adapters import attach, train_everything
+from luthier.adapters import Start, attach, train_everything
 from luthier.adapters.spec import AdapterSpec
 from luthier.adapters.targets import low_rank_layers
 from luthier.config import RunConfig
@@ -18,6 +18,7 @@ from luthier.matrices import DenseMatrix, FactoredMatrix, GGUFMatrix, Matrix, NF
 from luthier.matrices.factored import FactoredKind, StoredMatrix
 from luthier.models.skeleton import build_skeleton, make_config
 from luthier.training.blueprint import Blueprint, put_layers
+from luthier.training.initial import TAKES_OFF
 
 VOCABULARY = 512
 SIZE_OF_WEIGHTS = 0.02
@@ -71,7 +72,16 @@ def _make_trainable(model: PreTrainedModel, config: RunConfig, targets: list[str
     if chosen:
         rank = min(config.rank, *(min(layers[name].matrix.shape) for name in chosen))
         spec = AdapterSpec(rank=rank, alpha=config.alpha, dropout=config.dropout, variant=config.variant, targets=chosen)
-        attach(model, spec, seed=config.seed)
+        attach(model, spec, seed=config.seed, start=_start(model, spec) if config.init in TAKES_OFF else None)
+
+
+def _start(model: PreTrainedModel, spec: AdapterSpec) -> Start:
+    """What costs as much as factors that are taken off again."""
+    layers = low_rank_layers(model)
+    shapes = {name: layers[name].matrix.shape for name in spec.targets}
+    return Start(
+        {name: (torch.ones(spec.rank, n), torch.zeros(m, spec.rank)) for name, (m, n) in shapes.items()}, taken_off=True
+    )
 
 
 def make_inputs_require_grads(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:

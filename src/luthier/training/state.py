@@ -6,9 +6,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from luthier.config import RunConfig
 from luthier.errors import CheckpointError, bulleted
 
 SMOOTHING = 0.9
+# What a key was in runs that began before there was such a key.
+DEFAULTS = {
+    key: own.get_default(call_default_factory=True) for key, own in RunConfig.model_fields.items() if not own.is_required()
+}
 
 # Keys that may change between a run and its resumption: places, and how often something is written or looked at.
 # Data and model may have moved; what they hold is compared by sha256 and fingerprint.
@@ -56,22 +61,30 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Identity:
-    """What decides the numbers of a run: its configuration, its data, its base model."""
+    """What decides the numbers of a run: its configuration, its data, its base model, and what its terms started from.
+
+    initial_sha256: of the `Start`, empty where A was drawn and B = 0.
+    """
 
     config: dict[str, Any] = field(default_factory=dict)
     data_sha256: str = ""
     eval_data_sha256: str | None = None
     base_fingerprint: str = ""
+    initial_sha256: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     def refuse_other_config(self, config: Mapping[str, Any]) -> None:
-        """Raise CheckpointError naming every key that differs from the one the run was started with."""
+        """Raise CheckpointError naming every key that differs from the one the run was started with.
+
+        A key that there was not yet had its default.
+        """
+        then = {**{key: DEFAULTS[key] for key in config if key in DEFAULTS}, **self.config}
         problems = [
-            f"{key} was {self.config.get(key)!r} and is now {config.get(key)!r}"
-            for key in sorted(self.config.keys() | config.keys())
-            if key not in FREE_KEYS and self.config.get(key) != config.get(key)
+            f"{key} was {then.get(key)!r} and is now {config.get(key)!r}"
+            for key in sorted(then.keys() | config.keys())
+            if key not in FREE_KEYS and then.get(key) != config.get(key)
         ]
         if problems:
             raise CheckpointError(
