@@ -87,7 +87,8 @@ def assert_same(model: nn.Module, *, every_row: bool = False) -> dict[str, Tenso
         expected_hidden, expected_loss, expected = outcome(model, pack, every_row)
     got_hidden, got_loss, got = outcome(model, pack, every_row)
     assert relative(got_hidden, expected_hidden) < 1e-5
-    assert relative(got_loss, expected_loss) < 1e-5
+    if not every_row:  # there the terms of the sum cancel, and the hidden states that it is made of have been compared
+        assert relative(got_loss, expected_loss) < 1e-5
     assert got.keys() == expected.keys()
     assert len(got) > 0
     for name, gradient in expected.items():
