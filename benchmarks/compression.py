@@ -9,7 +9,7 @@ that stands before it except where it says otherwise:
     svd          the best approximation of the weights, each layer alone, the same share of ranks everywhere
     asvd         inputs scaled by the root of their mean size (arXiv:2312.05821)
     whitened     the best approximation of the outputs on the calibration text, inputs of the original model (SVD-LLM)
-    sequential   inputs as the compressed layers below give them; layers of one input share a factor
+    sequential   inputs as the compressed layers below give them; the pivoted form, which has room for more ranks
     weighted     tokens weighed by how much the loss feels them
     allocated    ranks given to where the loss feels them, by the knapsack
 
@@ -145,10 +145,11 @@ class Bench:
         from luthier.compression.walk import Seen, walk
         from luthier.lowrank import projected
 
-        def visit(seen: Seen) -> None:
-            for name, layer in linear_layers(self.model, list(seen.group.names)).items():
-                W = layer.matrix.dequantize()
-                made[name] = _product(projected(W, seen.metric).factors(_rank(W.shape, ratio)))
+        def visit(seen: list[Seen]) -> None:
+            layers = linear_layers(self.model, [one.name for one in seen])
+            for one in seen:
+                W = layers[one.name].matrix.dequantize()
+                made[one.name] = _product(projected(W, one.metric).factors(_rank(W.shape, ratio)))
 
         made: dict[str, Any] = {}
         walk(self.model, self.texts.calibration, self.unweighted(), visit, changes=False)
@@ -161,21 +162,20 @@ class Bench:
         from luthier.compression.walk import Group
 
         return [
-            Group(group.names, [torch.ones_like(own) for own in group.weights], dict.fromkeys(group.names, 1.0))
+            Group(group.names, {name: [torch.ones_like(one) for one in own] for name, own in group.weights.items()})
             for group in self.weighted
         ]
 
     def sequential(self, method: str, ratio: float) -> None:
         from luthier.calibration.inputs import linear_layers
         from luthier.compression.build import build
+        from luthier.compression.planning import rank_at
         from luthier.compression.specs import Spec
 
         groups = self.unweighted() if method == "sequential" else self.weighted
-        plan = {}
-        for group in groups:
-            shapes = [layer.matrix.shape for layer in linear_layers(self.model, list(group.names)).values()]
-            rank = _rank((sum(shape[0] for shape in shapes), shapes[0][1]), ratio)
-            plan |= dict.fromkeys(group.names, Spec("low-rank", "", rank, "bf16"))
+        layers = linear_layers(self.model, None)
+        ranks = {name: int(rank_at(layer.matrix.shape, 1 - ratio)) for name, layer in layers.items()}
+        plan = {name: Spec("low-rank", "", rank, "bf16") for name, rank in ranks.items()}
         if method == "allocated":
             plan = self.allocated(ratio)
         teacher = None
@@ -197,7 +197,7 @@ class Bench:
         if self.facts is None:
             self.facts = Prober(self.model, "16", "bf16", frozenset())
             walk(self.model, self.texts.calibration, self.weighted, self.facts.visit, changes=False)
-        numbers = sum(layer.shape[0] * layer.shape[1] for group in self.facts.facts for layer in group.layers.values())
+        numbers = sum(one.shape[0] * one.shape[1] for one in self.facts.facts)
         tables: list[Table] = []
         return allocated_plan(self.facts.facts, tables, self.facts, int(2 * numbers * (1 - ratio))).layers
 

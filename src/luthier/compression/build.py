@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -15,7 +16,7 @@ from luthier.data.packing import Pack
 from luthier.errors import NumericError
 from luthier.kernels.storage import DENSE_DTYPES
 from luthier.linear import LowRankEmbedding, LowRankLinear
-from luthier.lowrank import Factors, projected, rebalanced, refit_left, round_gguf, round_nf4, stacked
+from luthier.lowrank import Pivoted, pivoted, projected, rebalanced, refit_left, round_gguf, round_nf4
 from luthier.matrices import FactoredMatrix, Matrix, stored
 from luthier.matrices.factored import StoredMatrix
 from luthier.progress import Progress
@@ -40,10 +41,11 @@ def build(
     for name, kind in tables.items():
         replace_table(model, name, kind)
 
-    def visit(seen: Seen) -> None:
-        matrices = group_matrices(model, seen, [plan[name] for name in seen.group.names], in_metric)
-        for name, layer in linear_layers(model, list(seen.group.names)).items():
-            layer.matrix = matrices[name]
+    def visit(seen: list[Seen]) -> None:
+        layers = linear_layers(model, [one.name for one in seen])
+        made = {one.name: layer_matrix(layers[one.name].matrix, one.metric, plan[one.name], in_metric) for one in seen}
+        for name, matrix in made.items():
+            layers[name].matrix = matrix
 
     walk(model, packs, groups, visit, changes=True, progress=progress, stage="compressing")
 
@@ -60,53 +62,45 @@ def replace_table(model: PreTrainedModel, name: str, kind: str) -> None:
             module.matrix = after
 
 
-def group_matrices(model: PreTrainedModel, seen: Seen, specs: Sequence[Spec], in_metric: bool) -> dict[str, Matrix]:
-    """The new matrix of each layer of a group."""
-    layers = linear_layers(model, list(seen.group.names))
-    if all(spec.form == "low-rank" for spec in specs):
-        weights = {name: layer.matrix.dequantize() for name, layer in layers.items()}
-        return dict(_joint(weights, seen, specs[0], in_metric))
-    return {
-        name: _one(layer.matrix, seen.metric, spec, in_metric)
-        for (name, layer), spec in zip(layers.items(), specs, strict=True)
-    }
-
-
-def _one(matrix: Matrix, metric: Tensor, spec: Spec, in_metric: bool) -> Matrix:
+def layer_matrix(matrix: Matrix, metric: Tensor, spec: Spec, in_metric: bool = True) -> Matrix:
+    """The new matrix of a layer for the metric of its inputs."""
     if spec.form == "whole" and matrix.kind == spec.kind:
         return matrix
     W = matrix.dequantize()
+    if spec.form == "low-rank":
+        return _pivoted(W, metric, spec, in_metric)
     base = rounded(W, metric, spec.kind, in_metric)
     if spec.form == "whole":
         return base
     left = W - base.dequantize()
-    factors = projected(left, metric).factors(spec.rank)
-    A = rounded(rebalanced(factors).A, metric, spec.factors, in_metric)
-    return FactoredMatrix(_left(left, A, rebalanced(factors), metric, spec.factors, in_metric), A, base=base)
+    factors = rebalanced(projected(left, metric).factors(spec.rank))
+    A = rounded(factors.A, metric, spec.factors, in_metric)
+    return FactoredMatrix(_fitted(left, A, factors.B, metric, spec.factors, in_metric), A, base=base)
 
 
-def _joint(weights: Mapping[str, Tensor], seen: Seen, spec: Spec, in_metric: bool) -> Mapping[str, FactoredMatrix]:
-    """One decomposition of the stacked layers, each weighed by its share of what the loss feels; a left factor each."""
-    shares = [max(seen.group.shares[name], 1e-12) ** 0.5 for name in weights]
-    together = stacked([W * share for W, share in zip(weights.values(), shares, strict=True)])
-    factors = rebalanced(projected(together, seen.metric).factors(spec.rank))
-    right = rounded(factors.A, seen.metric, spec.factors, in_metric)
-    found, row = {}, 0
-    for (name, W), share in zip(weights.items(), shares, strict=True):
-        own = Factors(factors.A, factors.B[row : row + len(W)] / share)
-        row += len(W)
-        found[name] = FactoredMatrix(_left(W, right, own, seen.metric, spec.factors, in_metric), right)
-    return found
+def _pivoted(W: Tensor, metric: Tensor, spec: Spec, in_metric: bool) -> FactoredMatrix:
+    """Rows of the best matrix of that rank, and the other rows fitted to those as they are stored."""
+    parts = pivoted(projected(W, metric).factors(spec.rank))
+    basis = rounded(parts.basis, metric, spec.factors, in_metric)
+    left = _fitted(W[parts.others], basis, parts.coefficients, metric, spec.factors, in_metric)
+    return FactoredMatrix(left, basis, places=places_of(parts))
 
 
-def _left(W: Tensor, right: StoredMatrix, factors: Factors, metric: Tensor, kind: str, in_metric: bool) -> StoredMatrix:
-    """The left factor for the right one as it is stored: fitted anew where its rows are told apart by the inputs."""
+def places_of(parts: Pivoted) -> Tensor:
+    """Of each row of a pivoted matrix its place among the pivots, or behind them among the others; int32."""
+    rank = len(parts.pivots)
+    places = torch.empty(rank + len(parts.others), dtype=torch.int32)
+    places[parts.pivots] = torch.arange(rank, dtype=torch.int32)
+    places[parts.others] = torch.arange(rank, len(places), dtype=torch.int32)
+    return places
+
+
+def _fitted(W: Tensor, right: StoredMatrix, B: Tensor, metric: Tensor, kind: str, in_metric: bool) -> StoredMatrix:
+    """The left factor for the right one as it is stored: fitted anew where its rows are told apart by the inputs, else B."""
     A = right.dequantize()
     seen = metric + DAMPING * float(metric.diagonal().mean()) * torch.eye(len(metric), dtype=metric.dtype)
-    try:
+    with contextlib.suppress(NumericError):  # rows of A that no input tells apart: the fit has no single answer, B is one
         B = refit_left(W, A, seen)
-    except NumericError:  # rows of A that no input tells apart: the fit has no single answer, the product as it was has
-        B = factors.B
     wide = A.to(torch.float64)
     return rounded(B, wide @ seen @ wide.T, kind, in_metric)
 

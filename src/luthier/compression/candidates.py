@@ -4,13 +4,12 @@ Everything is predicted on the model as it was, from one walk through it. For an
 
     rounded         g tr(E H E^T), E at nearest codes; g: what rounding in the metric makes of that, measured in one layer
     repaired        g sum of what rank r drops of E's decomposition
-    low rank        what rank r drops of the decomposition of the group's layers stacked
+    low rank        what rank r drops of W's decomposition
     factors in NF4  besides, 2 e of what the factors keep, e: the relative squared error of NF4 in this layer
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,94 +25,79 @@ from luthier.compression.specs import Spec, spec_bytes, whole
 from luthier.compression.walk import Group, Seen
 from luthier.errors import NumericError
 from luthier.kernels.storage import GGUF_BLOCKS
-from luthier.lowrank import Choice, projected, round_gguf, round_nf4, stacked
+from luthier.lowrank import Choice, projected, round_gguf, round_nf4
 from luthier.matrices import stored
 
 REPAIR_RANKS = (8, 16, 32, 64, 96, 128)
 RANK_STEP = 16
-MOST_COMBINED = 48
+MOST_OPTIONS = 64
 IN_METRIC = ("nf4", "q4_0", "q4_k")
 
 
 @dataclass(frozen=True)
 class Option:
-    """One way to store all layers of a group. specs: one a layer, in the group's order."""
+    """One way to store a layer. loss: the expected rise of the mean loss, in nats."""
 
-    specs: tuple[Spec, ...]
+    spec: Spec
     size_bytes: int
     loss: float
 
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """One layer on the model as it was. energy: tr(W H W^T), its share of the group's in it; errors: of each kind at nearest
-    codes; repaired: what is left of NF4's error at each rank."""
+    """One layer on the model as it was. energies: sigma^2 of its decomposition in the metric, falling, in nats; errors: of each
+    kind at nearest codes; repaired: what is left of NF4's error at each rank."""
 
+    name: str
     shape: tuple[int, int]
-    energy: float
+    energies: Tensor
     errors: dict[str, float]
     repaired: dict[int, float]
+
+    def dropped(self, rank: int) -> float:
+        return float(self.energies[rank:].sum())
 
     @property
     def nf4_error(self) -> float:
         """The relative squared error of NF4."""
-        return self.errors["nf4"] / self.energy if self.energy > 0 and "nf4" in self.errors else 0.0
-
-
-@dataclass(frozen=True)
-class GroupFacts:
-    """A group on the model as it was. energies: of its layers stacked, falling, in nats."""
-
-    names: tuple[str, ...]
-    layers: dict[str, LayerFacts]
-    energies: Tensor
-
-    def dropped(self, rank: int) -> float:
-        return float(self.energies[rank:].sum())
+        total = self.dropped(0)
+        return self.errors["nf4"] / total if total > 0 and "nf4" in self.errors else 0.0
 
 
 @dataclass
 class Prober:
     """Visits a walk and collects facts. sixteen: the kind of 16-bit storage; gain_layers: where rounding in the metric is
-    measured against nearest codes."""
+    measured against nearest codes; steps: ranks that are tried, every so many."""
 
     model: PreTrainedModel
     bits: Bits
     sixteen: str
-    gain_groups: frozenset[str]
-    facts: list[GroupFacts] = field(default_factory=list)
+    gain_layers: frozenset[str]
+    facts: list[LayerFacts] = field(default_factory=list)
     gains: dict[tuple[str, str], float] = field(default_factory=dict)
 
-    def visit(self, seen: Seen) -> None:
-        layers = linear_layers(self.model, list(seen.group.names))
-        weights = {name: layer.matrix.dequantize() for name, layer in layers.items()}
-        metric = seen.metric.to(torch.float32)
-        own = {name: self._layer(name, weights[name], metric, seen) for name in seen.group.names}
-        shares = seen.group.shares
-        together = stacked([weights[name] * shares[name] ** 0.5 for name in seen.group.names])
-        energies = projected(together, seen.metric).energies
-        self.facts.append(GroupFacts(seen.group.names, own, energies))
+    def visit(self, seen: list[Seen]) -> None:
+        layers = linear_layers(self.model, [one.name for one in seen])
+        self.facts += [self._layer(layers[one.name].matrix.dequantize(), one) for one in seen]
 
-    def _layer(self, name: str, W: Tensor, metric: Tensor, seen: Seen) -> LayerFacts:
-        share = seen.group.shares[name]
+    def _layer(self, W: Tensor, seen: Seen) -> LayerFacts:
+        metric = seen.metric.to(torch.float32)
         errors: dict[str, float] = {}
         repaired: dict[int, float] = {}
         for kind in rounded_kinds(W.shape[1], self.bits):
             left = W - stored(W, kind).dequantize()
-            errors[kind] = share * energy(left, metric)
-            if name in self.gain_groups and kind in IN_METRIC:
+            errors[kind] = energy(left, metric)
+            if seen.name in self.gain_layers and kind in IN_METRIC:
                 in_metric = round_nf4(W, seen.metric) if kind == "nf4" else round_gguf(W, seen.metric, kind)
-                self.gains[name.rpartition(".")[2], kind] = ratio(
-                    share * energy(W - in_metric.dequantize(), metric), errors[kind]
-                )
+                gain = ratio(energy(W - in_metric.dequantize(), metric), errors[kind])
+                self.gains[seen.name.rpartition(".")[2], kind] = gain
             if kind == "nf4":
                 found = projected(left, seen.metric)
-                repaired = {r: share * found.dropped(r) for r in REPAIR_RANKS if r < found.max_rank / 2}
-        shape = (W.shape[0], W.shape[1])
-        total = share * energy(W, metric)
-        if not math.isfinite(total):
-            raise NumericError(f"what goes into a layer must be finite; NaN or Inf in {name}. Check the model.")
-        return LayerFacts(shape, total, errors, repaired)
+                repaired = {r: found.dropped(r) for r in REPAIR_RANKS if r < found.max_rank / 2}
+        energies = projected(W, seen.metric).energies
+        if not math.isfinite(float(energies.sum())):
+            raise NumericError(f"what goes into a layer must be finite; NaN or Inf in {seen.name}. Check the model.")
+        return LayerFacts(seen.name, (W.shape[0], W.shape[1]), energies, errors, repaired)
 
     def gain(self, name: str, kind: str) -> float:
         """What rounding in the metric leaves of the error at nearest codes, as measured for layers of that name."""
@@ -133,63 +117,46 @@ def rounded_kinds(columns: int, bits: Bits) -> list[str]:
     return [kind for kind in kinds if kind not in GGUF_BLOCKS or columns % GGUF_BLOCKS[kind][0] == 0]
 
 
-def group_options(facts: GroupFacts, prober: Prober) -> list[Option]:
-    """The choices of a group that no other beats in both size and loss, in rising size."""
-    single = [_pruned(_layer_options(name, facts.layers[name], prober)) for name in facts.names]
-    combined = [
-        Option(sum((one.specs for one in chosen), ()), sum(one.size_bytes for one in chosen), sum(one.loss for one in chosen))
-        for chosen in itertools.product(*single)
+def layer_options(facts: LayerFacts, prober: Prober) -> list[Option]:
+    """The choices of a layer that no other beats in both size and loss, in rising size."""
+    specs = [] if prober.bits == "4" else [whole(prober.sixteen)]
+    specs += [whole(kind) for kind in facts.errors]
+    specs += [Spec("repair", "nf4", rank, factors) for rank in facts.repaired for factors in factor_kinds(prober)]
+    found = [option_of(facts, spec, prober) for spec in specs]
+    return thinned(pruned([*found, *low_rank_options(facts, prober)]), MOST_OPTIONS)
+
+
+def low_rank_options(facts: LayerFacts, prober: Prober) -> list[Option]:
+    """The layer in the pivoted form, at every RANK_STEP ranks that take fewer numbers than the layer has."""
+    return [
+        option_of(facts, Spec("low-rank", "", rank, factors), prober)
+        for rank in range(RANK_STEP, min(facts.shape), RANK_STEP)
+        for factors in factor_kinds(prober)
     ]
-    return _thinned(_pruned([*combined, *low_rank_options(facts, prober)]), MOST_COMBINED)
 
 
-def _layer_options(name: str, facts: LayerFacts, prober: Prober) -> list[Option]:
-    options = []
-    if prober.bits != "4":
-        options.append(option_of((whole(prober.sixteen),), [facts.shape], 0.0))
-    for kind, error in facts.errors.items():
-        options.append(option_of((whole(kind),), [facts.shape], prober.gain(name, kind) * error))
-    for rank, left in facts.repaired.items():
-        error = prober.gain(name, "nf4")
-        for factors in factor_kinds(prober):
-            kept = (facts.errors["nf4"] - left) if factors == "nf4" else 0.0
-            loss = error * (left + 2 * facts.nf4_error * kept)
-            options.append(option_of((Spec("repair", "nf4", rank, factors),), [facts.shape], loss))
-    return options
-
-
-def low_rank_options(facts: GroupFacts, prober: Prober) -> list[Option]:
-    """The group's layers in one right factor and a left one each, at every RANK_STEP ranks below what the layers have."""
-    shapes = [facts.layers[name].shape for name in facts.names]
-    rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
-    total = float(facts.energies.sum())
-    error = max(layer.nf4_error for layer in facts.layers.values())
-    options = []
-    for rank in range(RANK_STEP, len(facts.energies), RANK_STEP):
-        if rank * (rows + columns) >= rows * columns:
-            break
-        left = facts.dropped(rank)
-        for factors in factor_kinds(prober):
-            loss = left + (2 * error * (total - left) if factors == "nf4" else 0.0)
-            options.append(option_of((Spec("low-rank", "", rank, factors),) * len(shapes), shapes, loss))
-    return options
+def option_of(facts: LayerFacts, spec: Spec, prober: Prober) -> Option:
+    """A layer stored as `spec` says, with what that is expected to cost."""
+    gain = prober.gain(facts.name, "nf4")
+    loss = 0.0
+    if spec.form == "low-rank":
+        loss = facts.dropped(spec.rank)
+        kept = (facts.dropped(0) - loss) if spec.factors == "nf4" else 0.0
+        loss += 2 * gain * facts.nf4_error * kept
+    elif spec.form == "repair":
+        left = facts.repaired[spec.rank]
+        kept = (facts.errors["nf4"] - left) if spec.factors == "nf4" else 0.0
+        loss = gain * (left + 2 * facts.nf4_error * kept)
+    elif spec.kind in facts.errors:
+        loss = prober.gain(facts.name, spec.kind) * facts.errors[spec.kind]
+    return Option(spec, spec_bytes(spec, facts.shape), max(0.0, loss))
 
 
 def factor_kinds(prober: Prober) -> list[str]:
     return {"16": [prober.sixteen], "4": ["nf4"], "auto": [prober.sixteen, "nf4"]}[prober.bits]
 
 
-def option_of(specs: tuple[Spec, ...], shapes: Sequence[tuple[int, int]], loss: float) -> Option:
-    """Layers that are all low-rank have one right factor between them."""
-    joint = all(spec.form == "low-rank" for spec in specs)
-    size = sum(
-        spec_bytes(spec, shape, with_right=not joint or number == 0)
-        for number, (spec, shape) in enumerate(zip(specs, shapes, strict=True))
-    )
-    return Option(specs, size, max(0.0, loss))
-
-
-def _pruned(options: Iterable[Option]) -> list[Option]:
+def pruned(options: Iterable[Option]) -> list[Option]:
     """Those that none other beats: in rising size, each with less loss than all smaller ones."""
     kept: list[Option] = []
     for option in sorted(options, key=lambda one: (one.size_bytes, one.loss)):
@@ -198,7 +165,7 @@ def _pruned(options: Iterable[Option]) -> list[Option]:
     return kept
 
 
-def _thinned(options: list[Option], most: int) -> list[Option]:
+def thinned(options: list[Option], most: int) -> list[Option]:
     if len(options) <= most:
         return options
     return [options[round(number * (len(options) - 1) / (most - 1))] for number in range(most)]
@@ -207,7 +174,7 @@ def _thinned(options: list[Option], most: int) -> list[Option]:
 def choices_of(options: Mapping[str, Sequence[Option]]) -> dict[str, list[Choice]]:
     """As the allocation takes them."""
     return {
-        name: [Choice(" | ".join(spec.label for spec in one.specs), one.size_bytes, one.loss) for one in own]
+        name: [Choice(one.spec.label, one.size_bytes, one.loss, one.spec.rank or None) for one in own]
         for name, own in options.items()
     }
 

@@ -22,11 +22,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from luthier.adapters.targets import low_rank_layers
+from luthier.compression.build import places_of
 from luthier.data.packing import Pack
 from luthier.errors import ConfigError, NumericError
 from luthier.evaluation.loss import predicting_hidden
 from luthier.linear import LowRankLinear, LowRankTerm
-from luthier.matrices import FactoredMatrix, Matrix, stored
+from luthier.lowrank import Factors, pivoted
+from luthier.matrices import FactoredMatrix, stored
 from luthier.matrices.factored import StoredMatrix
 from luthier.models.modes import evaluation_mode
 from luthier.models.packed import Head, head_of
@@ -77,7 +79,6 @@ def heal(
     """
     layers = {name: layer for name, layer in low_rank_layers(model).items() if isinstance(layer, LowRankLinear)}
     factored = {name: layer for name, layer in layers.items() if isinstance(layer.matrix, FactoredMatrix)}
-    factored = {name: layer for name, layer in factored.items() if layer.matrix.places is None}
     if not factored:
         raise ConfigError("healing trains the factors of layers, and no layer has any at this budget. Leave --heal out.")
     shared = _shared_rights(factored)
@@ -104,11 +105,24 @@ def _peel(layer: LowRankLinear, keeps_right: bool) -> None:
     matrix = layer.matrix
     assert isinstance(matrix, FactoredMatrix)
     own = min(DIRECTIONS, matrix.rank)
-    A, B = matrix.right.dequantize()[-own:], matrix.left.dequantize()[:, -own:]
+    factors = _directions(matrix)
+    A, B = factors.A[-own:], factors.B[:, -own:]
     term = LowRankTerm(A.clone(), B.clone(), 1.0)
     term.lora_A.requires_grad_(not keeps_right)
     layer.terms[TERM] = term
     layer.terms[START] = LowRankTerm(A.clone(), -B, 1.0).requires_grad_(False)
+
+
+def _directions(matrix: FactoredMatrix) -> Factors:
+    """The factors in falling order of their directions: as they are stored, or of a pivoted matrix those of its product."""
+    A, L = matrix.right.dequantize(), matrix.left.dequantize()
+    if matrix.places is None:
+        return Factors(A, L)
+    B = torch.cat([torch.eye(matrix.rank), L])[matrix.places.to(torch.int64)]
+    (outer, upper), (inner, lower) = torch.linalg.qr(B), torch.linalg.qr(A.T)
+    U, sigma, Vt = torch.linalg.svd(upper @ lower.T)
+    root = sigma.sqrt()
+    return Factors(root[:, None] * (Vt @ inner.T), (outer @ U) * root)
 
 
 def _merge(layer: LowRankLinear, merged: dict[int, StoredMatrix]) -> None:
@@ -116,15 +130,16 @@ def _merge(layer: LowRankLinear, merged: dict[int, StoredMatrix]) -> None:
     matrix, term = layer.matrix, layer.terms[TERM]
     assert isinstance(matrix, FactoredMatrix)
     assert isinstance(term, LowRankTerm)
-    own = term.rank
-    A, B = matrix.right.dequantize(), matrix.left.dequantize()
-    B[:, -own:] = term.lora_B.detach()
-    right: Matrix = matrix.right
-    if not torch.equal(A[-own:], term.lora_A.detach()):
-        A[-own:] = term.lora_A.detach()
-        right = merged.setdefault(id(matrix.right), stored(A, matrix.right.kind))
-    assert not isinstance(right, FactoredMatrix)
-    layer.matrix = FactoredMatrix(stored(B, matrix.left.kind), right, base=matrix.base)
+    A, B = (factor.clone() for factor in _directions(matrix))
+    keeps_right = torch.equal(A[-term.rank :], term.lora_A.detach())
+    A[-term.rank :], B[:, -term.rank :] = term.lora_A.detach(), term.lora_B.detach()
+    if matrix.places is not None:
+        parts = pivoted(Factors(A, B))
+        left, right = stored(parts.coefficients, matrix.left.kind), stored(parts.basis, matrix.right.kind)
+        layer.matrix = FactoredMatrix(left, right, places=places_of(parts))
+    else:
+        right = matrix.right if keeps_right else merged.setdefault(id(matrix.right), stored(A, matrix.right.kind))
+        layer.matrix = FactoredMatrix(stored(B, matrix.left.kind), right, base=matrix.base)
     del layer.terms[TERM], layer.terms[START]
 
 

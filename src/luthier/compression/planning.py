@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,13 +12,12 @@ from luthier.adapters.targets import low_rank_layers
 from luthier.calibration.sensitivity import mean_loss
 from luthier.compression.build import replace_table
 from luthier.compression.candidates import (
-    REPAIR_RANKS,
-    GroupFacts,
+    LayerFacts,
     Option,
     Prober,
     choices_of,
     factor_kinds,
-    group_options,
+    layer_options,
     low_rank_options,
     option_of,
 )
@@ -93,37 +93,43 @@ def fixed_bytes(model: PreTrainedModel) -> int:
     return sum(tensor.numel() * tensor.element_size() + ENTRY_BYTES for tensor in rest.values()) + ENTRY_BYTES
 
 
-def allocated_plan(facts: Sequence[GroupFacts], tables: Sequence[Table], prober: Prober, budget: int) -> Plan:
+def allocated_plan(facts: Sequence[LayerFacts], tables: Sequence[Table], prober: Prober, budget: int) -> Plan:
     """The least expected rise within the budget. Raises PreflightError where nothing fits."""
-    options: dict[str, list[Option]] = {group.names[0]: group_options(group, prober) for group in facts}
+    options = {one.name: layer_options(one, prober) for one in facts}
     if prober.bits == "16":
-        options = {group.names[0]: _floored(group, options[group.names[0]], facts, budget, tables) for group in facts}
+        even = _even_share(facts, budget, tables)
+        options = {one.name: _floored(one, options[one.name], even) for one in facts}
     for table in tables:
         options[table.name] = _table_options(table)
     _check_fits(options, budget)
     found = allocate(choices_of(options), budget)
-    chosen = {name: options[name][place] for name, place in found.chosen.items()}
-    layers = {name: spec for group in facts for name, spec in zip(group.names, chosen[group.names[0]].specs, strict=True)}
-    kinds = {table.name: chosen[table.name].specs[0].kind for table in tables}
-    return Plan("allocated", layers, kinds, found.size_bytes, found.loss)
+    chosen = {name: options[name][place].spec for name, place in found.chosen.items()}
+    kinds = {table.name: chosen.pop(table.name).kind for table in tables}
+    return Plan("allocated", chosen, kinds, found.size_bytes, found.loss)
 
 
 def _table_options(table: Table) -> list[Option]:
-    return [Option((whole(kind),), part_bytes(kind, *table.shape), rise) for kind, rise in table.rises.items()]
+    return [Option(whole(kind), part_bytes(kind, *table.shape), rise) for kind, rise in table.rises.items()]
 
 
-def _floored(
-    facts: GroupFacts, options: list[Option], all_facts: Sequence[GroupFacts], budget: int, tables: Sequence[Table]
-) -> list[Option]:
-    """Without ranks below half of what an even share of the budget would give: predictions err most where they cut most."""
+def _even_share(facts: Sequence[LayerFacts], budget: int, tables: Sequence[Table]) -> float:
+    """The share of the linear layers' numbers in 16 bits that the budget holds, with the tables at their smallest."""
     fixed = sum(min(part_bytes(kind, *table.shape) for kind in table.rises) for table in tables)
-    numbers = sum(layer.shape[0] * layer.shape[1] for group in all_facts for layer in group.layers.values())
-    share = max(0.0, (budget - fixed) / (2 * numbers))
-    shapes = [layer.shape for layer in facts.layers.values()]
-    rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
-    even = share * rows * columns / (rows + columns)
-    kept = [option for option in options if not option.specs[0].rank or 2 * option.specs[0].rank >= even]
+    return max(0.0, (budget - fixed) / (2 * sum(one.shape[0] * one.shape[1] for one in facts)))
+
+
+def _floored(facts: LayerFacts, options: list[Option], share: float) -> list[Option]:
+    """Without ranks below half of what an even share gives: predictions err most where they cut most."""
+    even = rank_at(facts.shape, share)
+    kept = [option for option in options if not option.spec.rank or 2 * option.spec.rank >= even]
     return kept or options
+
+
+def rank_at(shape: tuple[int, int], share: float) -> float:
+    """The rank at which the pivoted form, r (m + n) - r^2 numbers, takes that share of a matrix."""
+    rows, columns = shape
+    total = rows + columns
+    return (total - math.sqrt(max(0.0, total**2 - 4 * share * rows * columns))) / 2
 
 
 def _check_fits(options: dict[str, list[Option]], budget: int) -> None:
@@ -136,7 +142,7 @@ def _check_fits(options: dict[str, list[Option]], budget: int) -> None:
 
 
 def uniform_plan(
-    facts: Sequence[GroupFacts], tables: Sequence[Table], prober: Prober, budget: int, *, factored: bool = False
+    facts: Sequence[LayerFacts], tables: Sequence[Table], prober: Prober, budget: int, *, factored: bool = False
 ) -> Plan | None:
     """The best of the plans that treat all linear layers alike, by expected rise, that fits; None where none does.
 
@@ -144,75 +150,49 @@ def uniform_plan(
     """
     best: Plan | None = None
     for options in _families(facts, prober):
-        if factored and not options[0].specs[0].rank:
+        if factored and not options[0].spec.rank:
             continue
         for kind in tables[0].rises if tables else [""]:
             size = sum(option.size_bytes for option in options) + sum(part_bytes(kind, *table.shape) for table in tables)
             rise = sum(option.loss for option in options) + sum(table.rises.get(kind, 0.0) for table in tables)
             if size <= budget and (best is None or rise < best.rise):
-                layers = {
-                    name: spec
-                    for group, option in zip(facts, options, strict=True)
-                    for name, spec in zip(group.names, option.specs, strict=True)
-                }
-                best = Plan(
-                    "uniform in factors" if factored else "uniform", layers, {table.name: kind for table in tables}, size, rise
-                )
+                layers = {one.name: option.spec for one, option in zip(facts, options, strict=True)}
+                name = "uniform in factors" if factored else "uniform"
+                best = Plan(name, layers, {table.name: kind for table in tables}, size, rise)
     return best
 
 
-def _families(facts: Sequence[GroupFacts], prober: Prober) -> Iterator[list[Option]]:
-    """One option for every group, of the same form throughout."""
-    kinds = set.intersection(*(set(layer.errors) for group in facts for layer in group.layers.values()))
+def _families(facts: Sequence[LayerFacts], prober: Prober) -> Iterator[list[Option]]:
+    """One option for every layer, of the same form throughout."""
+    kinds = set.intersection(*(set(one.errors) for one in facts))
     specs = [whole(kind) for kind in sorted(kinds)] + ([whole(prober.sixteen)] if prober.bits != "4" else [])
-    if "nf4" in kinds:
-        specs += [Spec("repair", "nf4", rank, factors) for rank in REPAIR_RANKS for factors in factor_kinds(prober)]
+    ranks = set.intersection(*(set(one.repaired) for one in facts))
+    specs += [Spec("repair", "nf4", rank, factors) for rank in sorted(ranks) for factors in factor_kinds(prober)]
     for spec in specs:
-        found = [_alike(group, spec, prober) for group in facts]
-        if all(found):
-            yield [option for option in found if option is not None]
+        yield [option_of(one, spec, prober) for one in facts]
     for factors in factor_kinds(prober):
         for share in RATIOS:
-            ranked = [_at_share(group, prober, factors, share) for group in facts]
+            ranked = [_at_share(one, prober, factors, share) for one in facts]
             if all(ranked):
                 yield [option for option in ranked if option is not None]
 
 
-def _alike(facts: GroupFacts, spec: Spec, prober: Prober) -> Option | None:
-    loss = 0.0
-    for name, layer in facts.layers.items():
-        if spec.form == "repair":
-            if spec.rank not in layer.repaired:
-                return None
-            left = layer.repaired[spec.rank]
-            kept = layer.errors["nf4"] - left if spec.factors == "nf4" else 0.0
-            loss += prober.gain(name, "nf4") * (left + 2 * layer.nf4_error * kept)
-        elif spec.kind in layer.errors:
-            loss += prober.gain(name, spec.kind) * layer.errors[spec.kind]
-    shapes = [facts.layers[name].shape for name in facts.names]
-    return option_of((spec,) * len(shapes), shapes, loss)
+def _at_share(facts: LayerFacts, prober: Prober, factors: str, share: float) -> Option | None:
+    """The layer at the rank that takes about `share` of its numbers."""
+    options = [option for option in low_rank_options(facts, prober) if option.spec.factors == factors]
+    return min(options, key=lambda one: abs(one.spec.rank - rank_at(facts.shape, share)), default=None)
 
 
-def _at_share(facts: GroupFacts, prober: Prober, factors: str, share: float) -> Option | None:
-    """The group at the rank that takes about `share` of its numbers."""
-    options = [option for option in low_rank_options(facts, prober) if option.specs[0].factors == factors]
-    shapes = [facts.layers[name].shape for name in facts.names]
-    rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
-    wanted = share * rows * columns / (rows + columns)
-    return min(options, key=lambda one: abs(one.specs[0].rank - wanted), default=None)
-
-
-def nf4_plan(facts: Sequence[GroupFacts], tables: Sequence[Table], prober: Prober, budget: int) -> Plan:
+def nf4_plan(facts: Sequence[LayerFacts], tables: Sequence[Table], prober: Prober, budget: int) -> Plan:
     """Plain NF4 at nearest codes: all linear layers in it, embedding and head in as many bits as the budget leaves.
 
     Where even the smallest does not fit it is the smallest all the same, for comparison.
     """
-    layers = {name: whole("nf4") for group in facts for name in group.names}
-    shapes = {name: layer.shape for group in facts for name, layer in group.layers.items()}
-    linear = sum(spec_bytes(spec, shapes[name]) for name, spec in layers.items())
+    layers = {one.name: whole("nf4") for one in facts}
+    linear = sum(spec_bytes(layers[one.name], one.shape) for one in facts)
     kinds = sorted(tables[0].rises, key=lambda kind: -part_bytes(kind, *tables[0].shape)) if tables else [""]
     sizes = {kind: linear + sum(part_bytes(kind, *table.shape) for table in tables) for kind in kinds}
     kind = next((kind for kind in kinds if sizes[kind] <= budget), kinds[-1])
-    rise = sum(layer.errors.get("nf4", 0.0) for group in facts for layer in group.layers.values())
+    rise = sum(one.errors.get("nf4", 0.0) for one in facts)
     rise += sum(table.rises.get(kind, 0.0) for table in tables)
     return Plan("plain nf4", layers, {table.name: kind for table in tables}, sizes[kind], rise)

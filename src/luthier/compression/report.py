@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from luthier.compression.candidates import GroupFacts
+from luthier.compression.candidates import LayerFacts
 from luthier.compression.measure import Cost, Quality
 from luthier.compression.planning import Plan
 from luthier.compression.specs import Spec
@@ -59,7 +59,7 @@ class Report:
     form: str
     candidates: list[Candidate]
     chosen: str
-    groups: list[GroupFacts]
+    facts: list[LayerFacts]
     layers: dict[str, Spec]
     tables: dict[str, str]
     origin: str
@@ -129,7 +129,7 @@ def _perplexity(one: Candidate) -> float:
 
 def write_report(folder: Path, report: Report) -> None:
     """report.json and report.html into the folder of the model."""
-    content = report.to_json() | {"spectra": {group.names[0]: _spectrum(group) for group in report.groups}}
+    content = report.to_json() | {"spectra": {one.name: _spectrum(one) for one in report.facts}}
     (folder / FIGURES).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     (folder / PAGE).write_text(render_report(report), encoding="utf-8")
 
@@ -194,38 +194,39 @@ def _between(text: str, interval: tuple[float, float], show: Any) -> str:
 
 def _layers(report: Report) -> list[dict[str, Any]]:
     """A bar for each layer: as long as its bits for each of its weights, with its storage in words."""
-    shapes = {name: layer.shape for group in report.groups for name, layer in group.layers.items()}
+    shapes = {one.name: one.shape for one in report.facts}
     bars = []
     for name, spec in report.layers.items():
         rows, columns = shapes[name]
-        share = spec.rank * (rows + columns) / (rows * columns)
+        saved = spec.rank**2 if spec.form == "low-rank" else 0
+        share = (spec.rank * (rows + columns) - saved) / (rows * columns)
         own = spec.bits if spec.form != "low-rank" else spec.bits * share
         bits = own + (Spec("low-rank", "", spec.rank, spec.factors).bits * share if spec.form == "repair" else 0.0)
         bars.append({"name": name, "label": spec.label, "bits": f"{bits:.2f}", "width": f"{min(100.0, 100 * bits / 16):.1f}"})
     return bars
 
 
-def _spectrum(group: GroupFacts) -> list[float]:
-    """sigma^2 of the group's layers stacked, in nats, at evenly spread ranks."""
-    energies = group.energies
+def _spectrum(facts: LayerFacts) -> list[float]:
+    """sigma^2 of the layer in the metric of its inputs, in nats, at evenly spread ranks."""
+    energies = facts.energies
     step = max(1, len(energies) // SPECTRUM_POINTS)
     return [float(value) for value in energies[::step]]
 
 
 def _spectra(report: Report) -> list[dict[str, Any]]:
-    """For each group the path of log10 sigma^2 over rank, in a box of 100 by 40."""
+    """For each layer the path of log10 sigma^2 over rank, in a box of 100 by 40."""
     drawn = []
-    for group in report.groups:
-        values = _spectrum(group)
+    for one in report.facts:
+        values = _spectrum(one)
         top = max(values[0], 1e-30)
         points = [
             f"{100 * number / max(1, len(values) - 1):.1f} {min(40.0, -40 * _log(value / top) / 8):.1f}"
             for number, value in enumerate(values)
         ]
-        rank = report.layers.get(group.names[0], Spec("whole")).rank
-        at = f"{100 * rank / len(group.energies):.1f}" if rank else ""
-        drawn.append({"name": " ".join([group.names[0], *(name.rpartition(".")[2] for name in group.names[1:])]),
-                      "path": "M" + "L".join(points), "rank": rank, "at": at})  # fmt: skip
+        spec = report.layers.get(one.name, Spec("whole"))
+        rank = spec.rank if spec.form == "low-rank" else 0
+        at = f"{100 * rank / len(one.energies):.1f}" if rank else ""
+        drawn.append({"name": one.name, "path": "M" + "L".join(points), "rank": rank, "at": at})
     return drawn
 
 

@@ -13,7 +13,7 @@ import torch
 
 from luthier.calibration.sensitivity import mean_loss
 from luthier.compression.build import build
-from luthier.compression.candidates import GroupFacts, Prober, gain_names
+from luthier.compression.candidates import LayerFacts, Prober, gain_names
 from luthier.compression.heal import Teacher, heal, teacher_of
 from luthier.compression.measure import Windows, cost_of, measure_windows, quality_of
 from luthier.compression.planning import Plan, Table, allocated_plan, fixed_bytes, nf4_plan, tables_of, uniform_plan
@@ -48,7 +48,7 @@ class _Job:
     sixteen: Storage
     texts: Texts
     groups: list[Group]
-    facts: list[GroupFacts]
+    facts: list[LayerFacts]
     tables: list[Table]
     budget: int
     original: Windows
@@ -124,7 +124,7 @@ def _run(settings: CompressSettings, stage: Path, progress: Progress | None) -> 
         form=form,
         candidates=candidates,
         chosen=chosen.name,
-        groups=prober.facts,
+        facts=prober.facts,
         layers=chosen.plan.layers if chosen.plan else {},
         tables=chosen.plan.tables if chosen.plan else {},
         origin=texts.origin,

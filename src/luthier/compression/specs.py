@@ -12,14 +12,13 @@ Form = Literal["whole", "repair", "low-rank"]
 # What a tensor's entry in the header of a safetensors file takes at most, and the JSON that bitsandbytes keeps with NF4.
 ENTRY_BYTES, STATE_BYTES = 160, 200
 NF4_TENSORS = 6
+PLACE_BYTES = 4
 
 
 @dataclass(frozen=True)
 class Spec:
-    """whole: the matrix in `kind`; repair: that and factors of `rank` in `factors`; low-rank: the factors alone.
-
-    Layers of one input that are low-rank share their right factor.
-    """
+    """whole: the matrix in `kind`; repair: that and factors of `rank` in `factors`; low-rank: `rank` rows of a matrix of that
+    rank and the others as sums of them (the pivoted form), both in `factors`."""
 
     form: Form
     kind: str = ""
@@ -51,13 +50,15 @@ def part_bytes(kind: str, rows: int, columns: int) -> int:
     return stored_bytes(kind, rows, columns, double=True) + state + tensors * ENTRY_BYTES
 
 
-def spec_bytes(spec: Spec, shape: tuple[int, int], *, with_right: bool = True) -> int:
-    """What a layer of `shape` takes. with_right: False for those that use the right factor of another."""
+def spec_bytes(spec: Spec, shape: tuple[int, int]) -> int:
+    """What a layer of `shape` takes."""
     rows, columns = shape
     total = part_bytes(spec.kind, rows, columns) if spec.kind else 0
     if spec.rank:
-        total += part_bytes(spec.factors, rows, spec.rank)
-        total += part_bytes(spec.factors, spec.rank, columns) if with_right else 0
+        left = rows - spec.rank if spec.form == "low-rank" else rows
+        total += part_bytes(spec.factors, left, spec.rank) + part_bytes(spec.factors, spec.rank, columns)
+    if spec.form == "low-rank":
+        total += PLACE_BYTES * rows + ENTRY_BYTES
     return total
 
 

@@ -1,18 +1,17 @@
-"""Through a model layer by layer: the moments of what goes into each group of linear layers, given what stands below it now.
+"""Through a model layer by layer: the moments of what goes into each linear layer, given what stands below it now.
 
-A group is the layers that are given one tensor: q, k and v; gate and up. Tokens count by how much the loss feels what the
-group gives for them:
+Tokens count by how much the loss feels what a layer gives for them:
 
-    H = sum_t w_t x_t x_t^T / (2 S)     w_t = sum_l |g_l,t|^2 / out_features_l     g: gradient of the summed loss at the output
+    H = sum_t w_t x_t x_t^T / (2 S)     w_t = |g_t|^2 / out_features     g_t: gradient of the summed loss at the layer's output
 
-so that tr(E H E^T), shared out among the layers of the group by their part of sum_t w_t, is the rise of the mean loss over
-S supervised tokens that an error E of a layer's weight leads one to expect (calibration/sensitivity.py). Weights are taken
-once, on the model as it was; inputs are those of the model as it is when its layer is reached.
+so that tr(E H E^T) is the rise of the mean loss over S supervised tokens that an error E of the weight leads one to expect
+(calibration/sensitivity.py). Weights are taken once, on the model as it was; inputs are those of the model as it is when its
+layer is reached. Layers that are given one tensor (q, k and v; gate and up) form a group: they are reached together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +24,7 @@ from transformers import PreTrainedModel
 from luthier.calibration.inputs import linear_layers, look_at_inputs, shared_inputs
 from luthier.calibration.moments import MomentSum
 from luthier.data.packing import Pack
-from luthier.errors import NumericError
+from luthier.errors import NumericError, bulleted
 from luthier.evaluation.loss import supervised_loss
 from luthier.models.modes import evaluation_mode, inputs_require_grads
 from luthier.models.packed import entry_obstacle, packed_inputs, packed_layers
@@ -34,22 +33,21 @@ from luthier.progress import Progress
 
 @dataclass(frozen=True)
 class Group:
-    """Linear layers of one input. weights: (T,) float32 of each pack; shares: each layer's part of their sum, 1 in all."""
+    """Linear layers of one input. weights: w of each layer and pack, (T,) float32."""
 
     names: tuple[str, ...]
-    weights: list[Tensor]
-    shares: dict[str, float]
+    weights: dict[str, list[Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """A group with the metric of its present inputs, (in_features, in_features) float64, in nats."""
+    """A layer with the metric of its present inputs, (in_features, in_features) float64, in nats."""
 
-    group: Group
+    name: str
     metric: Tensor
 
 
-Visit = Callable[[Seen], None]
+Visit = Callable[[list[Seen]], None]
 
 
 def weighted_groups(model: PreTrainedModel, packs: Sequence[Pack], progress: Progress | None = None) -> list[Group]:
@@ -65,16 +63,10 @@ def weighted_groups(model: PreTrainedModel, packs: Sequence[Pack], progress: Pro
             progress("measuring what the loss feels", number, len(packs))
         for name, squares in _gradient_squares(model, pack, layers).items():
             felt[name].append(squares)
-    found = []
-    for names in groups:
-        sums = {name: float(sum(own.sum(dtype=torch.float64) for own in felt[name])) for name in names}
-        total = sum(sums.values())
-        if not torch.isfinite(torch.tensor(total)):
-            raise NumericError(f"gradients must be finite; NaN or Inf at the output of {names[0]}. Check the model.")
-        weights = [torch.stack([felt[name][number] for name in names]).sum(0) for number in range(len(packs))]
-        shares = {name: own / total if total > 0 else 1 / len(names) for name, own in sums.items()}
-        found.append(Group(tuple(names), weights, shares))
-    return found
+    bad = [name for name, own in felt.items() if not all(bool(weights.isfinite().all()) for weights in own)]
+    if bad:
+        raise NumericError(f"gradients must be finite; NaN or Inf at the output of:\n{bulleted(bad)}\nCheck the model.")
+    return [Group(tuple(names), {name: felt[name] for name in names}) for names in groups]
 
 
 def _gradient_squares(model: PreTrainedModel, pack: Pack, layers: dict[str, Any]) -> dict[str, Tensor]:
@@ -115,7 +107,8 @@ def walk(
     progress: Progress | None = None,
     stage: str = "",
 ) -> None:
-    """Call visit for each group in the order they run. changes: visit replaces matrices, and later groups see what that did.
+    """Call visit with the layers of each group in the order they run; changes: it replaces their matrices, and later groups
+    see what that did.
 
     Memory: beside the model one hidden state for every token, (tokens, hidden) float32, and one group's moments, or, where
     nothing changes, those of one decoder layer. A family without blocks of its own runs from its beginning for each group.
@@ -131,8 +124,8 @@ def walk(
     for layer, own in enumerate(_by_layer(model, groups)):
         _report(progress, stage, layer, depth)
         for together in [[group] for group in own] if changes else [own]:
-            for seen in _seen_in_layer(model, packs, hidden, layer, together, supervised):
-                visit(seen)
+            if together:
+                visit(_seen_in_layer(model, packs, hidden, layer, together, supervised))
         for number, pack in enumerate(packs):
             hidden[number] = packed_layers(model, hidden[number], pack.starts, layer, layer + 1)
 
@@ -157,34 +150,39 @@ def _by_layer(model: PreTrainedModel, groups: Sequence[Group]) -> Iterator[list[
 def _seen_in_layer(
     model: PreTrainedModel, packs: Sequence[Pack], hidden: list[Tensor], layer: int, groups: Sequence[Group], supervised: int
 ) -> list[Seen]:
-    if not groups:
-        return []
-    leaders = linear_layers(model, [group.names[0] for group in groups])
-    sums = {name: MomentSum(leaders[name].in_features) for name in leaders}
-    weights = {group.names[0]: group.weights for group in groups}
+    sums = _Sums(model, groups)
     with evaluation_mode(model), torch.no_grad():
         for number, pack in enumerate(packs):
-            own = {name: weights[name][number] for name in leaders}
-            with _looking(leaders, partial(_add, sums, own)):
+            with _looking(sums.leaders, partial(sums.add, number)):
                 packed_layers(model, hidden[number], pack.starts, layer, layer + 1)
-    return [Seen(group, sums[group.names[0]].moments().second / (2.0 * supervised)) for group in groups]
+    return sums.seen(supervised)
 
 
-def _seen_from_the_beginning(model: PreTrainedModel, packs: Sequence[Pack], group: Group, supervised: int) -> Seen:
-    leader = group.names[0]
-    (layer,) = linear_layers(model, [leader]).values()
-    own = MomentSum(layer.in_features)
+def _seen_from_the_beginning(model: PreTrainedModel, packs: Sequence[Pack], group: Group, supervised: int) -> list[Seen]:
+    sums, leader = _Sums(model, [group]), group.names[0]
     for number, pack in enumerate(packs):
-        look_at_inputs(model, pack, [leader], partial(_add, {leader: own}, {leader: group.weights[number]}), last=leader)
-    return Seen(group, own.moments().second / (2.0 * supervised))
+        look_at_inputs(model, pack, [leader], partial(sums.add, number), last=leader)
+    return sums.seen(supervised)
 
 
-def _add(sums: dict[str, MomentSum], weights: dict[str, Tensor], name: str, x: Tensor) -> None:
-    sums[name].add(x, weights[name])
+class _Sums:
+    """The moments of some groups' layers; what goes into the first layer of a group goes into all of them."""
+
+    def __init__(self, model: PreTrainedModel, groups: Sequence[Group]):
+        self.leaders = linear_layers(model, [group.names[0] for group in groups])
+        self._groups = {group.names[0]: group for group in groups}
+        self._sums = {name: MomentSum(self.leaders[group.names[0]].in_features) for group in groups for name in group.names}
+
+    def add(self, pack: int, leader: str, x: Tensor) -> None:
+        for name, weights in self._groups[leader].weights.items():
+            self._sums[name].add(x, weights[pack])
+
+    def seen(self, supervised: int) -> list[Seen]:
+        return [Seen(name, own.moments().second / (2.0 * supervised)) for name, own in self._sums.items()]
 
 
 @contextmanager
-def _looking(layers: dict[str, Any], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+def _looking(layers: Mapping[str, Any], see: Callable[[str, Tensor], None]) -> Iterator[None]:
     def watch(name: str) -> Callable[..., None]:
         return lambda _module, inputs: see(name, inputs[0].detach().reshape(-1, inputs[0].shape[-1]))
 
