@@ -67,8 +67,11 @@ def main() -> None:
     if not options.only:
         content["threads_ratio"] = threads_ratio(pairs, options.smoke)
         print(f"speed of {content['threads']} threads over 1: {content['threads_ratio']:.2f} (target {THREADS_TARGET})")
-        content["head_memory_bytes"] = memory = head_memory(options.smoke)
-        print(f"extra memory of the head's loss at its peak: {memory / 1e6:.1f} MB (target {HEAD_MEMORY_TARGET / 1e6:.0f} MB)")
+        if sys.platform == "linux":
+            content["head_memory_bytes"] = memory = head_memory(options.smoke)
+            print(
+                f"extra memory of the head's loss at its peak: {memory / 1e6:.1f} MB (target {HEAD_MEMORY_TARGET / 1e6:.0f} MB)"
+            )
     print_targets(content["rows"])
     save(options.out, content)
     if options.plot:
@@ -200,7 +203,7 @@ def head_memory(smoke: bool) -> int:
     """Bytes that the loss of 4096 tokens over 49152 words, backward included, takes beyond what stood before. Linux."""
     sizes = ("64", "1000") if smoke else ("4096", "49152")
     command = [sys.executable, "-c", HEAD_MEMORY_SCRIPT, *sizes]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
 def print_targets(rows: list[dict[str, Any]]) -> None:

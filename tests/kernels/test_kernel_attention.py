@@ -20,6 +20,7 @@ PACKS = (
     ([130, 130, 7, 64], [-1, 0, 0, 0]),
     ([20, 9, 70, 5, 66, 8, 3, 30], [-1, 0, 1, 1, 0, -1, 5, 4]),
     ([10, 0, 5, 6], [-1, 0, 1, 1]),
+    ([40, *[20] * 9], [-1, *[0] * 9]),
 )
 LIMITS = ((None, None), (16, None), (100, None), (None, 2.0), (33, 3.0))
 
@@ -144,9 +145,11 @@ def test_what_is_not_finite_reaches_its_own_document_only(value):
         assert out[:, 1].isfinite().all()
 
 
-def test_results_do_not_depend_on_the_number_of_threads():
-    starts, parents = starts_of([50, 130, 9, 77]), torch.tensor([-1, 0, 0, 2])
-    inputs = tensors(266, 6, 2, 16)
+@pytest.mark.parametrize(("lengths", "parents"), [([50, 130, 9, 77], [-1, 0, 0, 2]), PACKS[-1]], ids=["few", "many"])
+def test_results_do_not_depend_on_the_number_of_threads(lengths, parents):
+    """Where tasks are few the parts of dk and dv are added up afterwards; where they are many there are none."""
+    starts, parents = starts_of(lengths), torch.tensor(parents)
+    inputs = tensors(sum(lengths), 6, 2, 16)
 
     def attended(q, k, v):
         return attention.packed_attention(q, k, v, starts, 0.25, parents=parents)

@@ -381,3 +381,14 @@ def test_a_fill_that_does_not_fit_is_refused(changed, message):
     model.decoder.fill(**fitting)
     with pytest.raises(ShapeError, match=message):
         model.decoder.fill(**{**fitting, **changed})
+
+
+@pytest.mark.parametrize("kind", ["q4_k", "q5_k", "q6_k"])
+def test_blocks_of_256_weights(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows must be multiples of 256, so the whole model is wider."""
+    for name, value in {"HIDDEN": 256, "SIZE": 64, "QUERIES": 256, "KEYS": 128, "WIDE": 256}.items():
+        monkeypatch.setitem(globals(), name, value)
+    model, (text,) = Model(Recipe(kind, rotary_size=64)), texts(70)
+    (got,) = run_interleaved(model, [text], [model.pages[:2]], (0,))
+    for result, want in zip(got, model.exact(text), strict=True):
+        assert relative_error(result, want) <= 1e-4

@@ -246,6 +246,8 @@ class Decoder:
         scaling = 1.0 if term is None else term.scaling
         if isinstance(part, Part):
             return _linear(self._matrix(part.storage), scaling, part.bias, A, B)
+        if part.base is not None and part.places is not None:
+            raise ShapeError("a layer with places has no base; got both. Add the base's part to the factors.")
         linear = with_small(part.shape, scaling, part.bias, A, B)
         if part.base is not None:
             linear.matrix = ctypes.pointer(self._matrix(part.base))

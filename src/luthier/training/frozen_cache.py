@@ -156,6 +156,7 @@ def _sha256_of_rows(examples: Sequence[Example]) -> str:
     for example in examples:
         digest.update(len(example.ids).to_bytes(8, "little"))
         digest.update(np.asarray(example.ids, np.int64).tobytes())
+        digest.update(bytes(example.supervised))  # it decides which tokens' vectors are written
     return digest.hexdigest()
 
 

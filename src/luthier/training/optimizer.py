@@ -106,7 +106,8 @@ def _fused_adamw(groups: list[dict[str, Any]], betas: tuple[float, float]) -> to
 
 
 def _paged_adamw(groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.optim.Optimizer:
-    """bitsandbytes' AdamW with float32 moments that the GPU's driver moves to the host when memory is short. Untested here."""
+    """bitsandbytes' AdamW with float32 moments that the GPU's driver moves to the host when memory is short. Tested with
+    bitsandbytes' CPU version, which pages nothing; not on a GPU."""
     from bitsandbytes.optim import PagedAdamW32bit
 
     return PagedAdamW32bit(groups, lr=0.0, betas=betas)

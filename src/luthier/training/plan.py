@@ -21,7 +21,7 @@ from luthier.training.depth import Frozen, frozen_layers, refuse_cache, refuse_e
 from luthier.training.events import Listener
 from luthier.training.footprint import FLOAT_BYTES, Footprint, Memory
 from luthier.training.frozen_cache import held_bytes
-from luthier.training.initial_costs import initial_costs
+from luthier.training.initial_costs import InitialCosts, initial_costs
 from luthier.training.memory import available_bytes, rss_bytes
 from luthier.training.optimizer import check_optimizer
 from luthier.training.planner import PACK_SIZES, Cut, Planner, count_trained
@@ -148,11 +148,12 @@ def plan_run(config: RunConfig, listener: Listener) -> Plan:
     return make_plan(config, read_data(config, listener), listener)
 
 
-def make_plan(config: RunConfig, data: RunData, listener: Listener) -> Plan:
+def make_plan(config: RunConfig, data: RunData, listener: Listener, *, started: bool = False) -> Plan:
     """Plan the run of `config` on rows that are rendered already: headers are read, one layer is measured, no weight loaded.
 
     Settings that `config` leaves open are chosen: the largest packs that fit with everything kept; failing that, packs of
     512 tokens, freed memory given back and as few recomputed layers as fit; failing that, smaller packs. Takes a second or two.
+    started: what the terms start from is there already, as in a run that goes on, and takes no work.
     Raises ConfigError, ModelError, AdapterError, PreflightError for what is wrong already. Whether it fits is in the result.
     """
     listener.stage("planning", 0, 0)
@@ -171,6 +172,8 @@ def make_plan(config: RunConfig, data: RunData, listener: Listener) -> Plan:
             load = workload(config, data.train.examples, share=True)
         costs = measure_bytes(sample, MEMORY_TOKENS, load.usual_length)
         initial = initial_costs(blueprint, config, targets)
+        if started:
+            initial = InitialCosts(frozen=initial.frozen)
         full = config.method == "full"
         memory = Memory(_runtime_bytes(sample), blueprint, costs, trained, full, frozen.layers, initial)
         planner = Planner(config, load, memory, allowed_bytes(config), frozen)

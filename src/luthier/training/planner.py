@@ -104,7 +104,10 @@ class Planner:
         return initial.seconds + 2 * self.layers * times.forward.at(usual) * initial.tokens / usual
 
     def moments_bytes(self, cut: Cut) -> int:
-        """What second moments may hold: as much as lets the run's highest point stay where it is, or the least there is."""
+        """What second moments may hold: as much as lets the run's highest point stay where it is, or the least there is; 0
+        where none are measured."""
+        if not self.memory.initial.tokens:
+            return 0
         footprint = self.footprint(cut)
         return self.memory.initial.moments_bytes // 2 + footprint.peak_bytes - footprint.initial_bytes
 

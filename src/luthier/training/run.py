@@ -129,7 +129,7 @@ def resume(run_dir: Path | str, *, listener: Listener | None = None, weights_onl
         checkpoint.identity.refuse_other_data(data.train.manifest["sha256"], held_out)
         sha256 = checkpoint.identity.initial_sha256
         start = read_start(path / rundir.INITIAL, sha256) if sha256 else None
-        plan = make_plan(config, data, listener)
+        plan = make_plan(config, data, listener, started=start is not None)
         _require_fit_resumed(plan, path)
         listener.note(plan.line())
         with _memory_explained(lambda: explain_out_of_memory_loading(config)):

@@ -92,9 +92,6 @@ LT_INLINE vf quick_exp(vf x) {
   return p * as_float(shl<23>(iadd(k, iset1(127))));
 }
 
-// 1 / (1 + e^-x), relative error below 4e-7 for x > -88.
-LT_INLINE vf sigmoid(vf x) { return set1(1.0f) / (set1(1.0f) + quick_exp(zero() - x)); }
-
 // tanh, relative error below 4e-7: a polynomial near zero, exponentials beyond.
 LT_INLINE vf vtanh(vf x) {
   const vf square = x * x;

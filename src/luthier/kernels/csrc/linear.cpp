@@ -17,7 +17,7 @@ LT_DECLARE_TABLES(FewTable, few)
 
 namespace {
 
-// Rows of activations packed together: 640 rows of 320 floats are 800 KB, read from the second- or third-level cache.
+// Rows of activations packed together: 640 rows of 320 floats are 800 KB, of 512 1.3 MB, read from the second- or third-level cache.
 constexpr std::int64_t kMostRows = 640;
 
 struct SliverScratch {};
