@@ -72,12 +72,11 @@ def test_factors_that_do_not_fit_are_refused_before_anything_is_read(tmp_path: P
     matrix = model.model.layers[0].mlp.gate_proj.matrix
     part = FactoredPart(matrix.left.storage(), matrix.right.storage(), None, matrix.places)
     assert part.shape == matrix.shape
-    whole = Stack(model)
-    whole._reach(1)
-    matrix.places = matrix.places + 1000
     pool = torch.zeros(1, 512 * 1024)
     stack = Stack(model)
+    matrix.places += 1000  # in the memory that the decoder reads
     pages = torch.full((1, 1), pool.data_ptr())
     hidden, rows = torch.zeros(1, 64), torch.zeros(1, dtype=torch.int64)
+    stack._reach(1)
     with pytest.raises(ShapeError, match="lt_decode_step refused its arguments"):
-        stack.decoder.step(hidden, torch.zeros(1, dtype=torch.int64), pages, whole._tables, rows)
+        stack.decoder.step(hidden, torch.zeros(1, dtype=torch.int64), pages, stack._tables, rows)
