@@ -116,7 +116,7 @@ def notes_of(state: State, figures: Figures) -> list[str]:
         f"{machine['processor']}, {options['threads']} threads, {machine['memory_bytes'] / 1e9:.0f} GB; multiply-add peak "
         f"{peak_text(peak)}, memory read at {read_text(machine['read_bytes_per_second'])}; "
         f"{state['started'][:10]}; {named}; {options['model']}.",
-        f"Medians of {options['rounds']} rounds, in each of which every contender ran in a process of its own. Tokens are "
+        f"{_rounds(options['rounds'])}, in which every contender ran in a process of its own. Tokens are "
         "those of the rows as the data comes. The limit is 4 flops for each weight and token that must meet, at the "
         "multiply-add peak probed around each step; attention and the low-rank terms are not counted.",
     ]
@@ -190,3 +190,7 @@ def peak_text(flops: float | None) -> str:
 
 def read_text(speed: float | None) -> str:
     return "an unknown rate" if speed is None else f"{speed / 1e9:,.0f} GB/s"
+
+
+def _rounds(rounds: int) -> str:
+    return "One round" if rounds == 1 else f"Medians of {rounds} rounds"
