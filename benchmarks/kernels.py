@@ -239,14 +239,14 @@ def plot(over: dict[str, list[float]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(9, 5.5))
-    for kind, shares in over.items():
-        if kind != "tokens":
-            axes.plot(over["tokens"], [100 * share for share in shares], marker="o", markersize=3, label=kind)
+    for number, kind in enumerate(kind for kind in over if kind != "tokens"):
+        shares, style = [100 * share for share in over[kind]], "-" if number < 10 else "--"  # there are ten colours
+        axes.plot(over["tokens"], shares, marker="o", markersize=3, linestyle=style, label=kind)
     axes.set_xscale("log", base=2)
     axes.set_xticks(over["tokens"], [str(t) for t in over["tokens"]])
     axes.set_xlabel("tokens T (at T = 1 the share is of read bandwidth, beyond of the multiply-add peak)")
     axes.set_ylabel("share of the bound, %")
-    axes.set_ylim(0, 100)
+    axes.set_ylim(0, 120)
     axes.grid(alpha=0.3)
     axes.legend(ncols=3, fontsize=8)
     axes.set_title("y = x W^T + LoRA, 4096 x 4096, forward")
