@@ -119,7 +119,7 @@ def main() -> None:
     labels_file, straight = Path(folder) / "labels.json", Path(folder) / "straight"
     config = tiny_config(Path(model), Path(folder), out=str(straight), dropout=0.2, save_every=2, steps=6)
     plan = run.make_plan(config, prepare.read_data(config, Recorder()), Recorder())
-    run.make_plan = lambda *_: plan  # measured once for all processes
+    run.make_plan = lambda *_, **__: plan  # measured once for all processes
     trials = [trial(config, "never", labels_file)]
     labels = json.loads(labels_file.read_text())
     for number, kill in enumerate(kills):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from luthier.calibration.sensitivity import mean_loss
@@ -31,11 +31,12 @@ from luthier.models.load import Loaded, load, open_weights
 from luthier.models.source import resolve
 from luthier.progress import Progress
 from luthier.training.allocator import release_free_memory, set_freed_memory_kept
+from luthier.training.memory import peak_rss_bytes
 from luthier.units import size_text
 
 WORK, PLAIN = ".work", "plain nf4"
-# Weights in these blocks lie on a grid of 4 bits already, which storages of this kind find again.
-FOUR_BIT_BLOCKS = ("q4_0", "q4_1", "q4_k")
+# Weights in these lie on a grid of 4 bits already, which the same storage finds again.
+FOUR_BIT_BLOCKS = ("q4_0", "q4_1", "q4_k", "nf4")
 
 
 @dataclass
@@ -54,10 +55,6 @@ class _Job:
     original: Windows
     teacher: Teacher | None
     notes: list[str] = field(default_factory=list)
-    peak_bytes: int = 0
-
-    def look(self) -> None:
-        self.peak_bytes = max(self.peak_bytes, psutil.Process().memory_info().rss)
 
     def say(self, stage: str) -> Progress | None:
         """Progress whose stages say of which model they are."""
@@ -84,6 +81,8 @@ def compress(settings: CompressSettings, progress: Progress | None = None) -> Re
             report.seconds = time.monotonic() - began
             write_report(stage, report)
     except OSError as error:
+        if not _is_of_writing(error, settings.out.parent):
+            raise
         raise PreflightError(
             f"{settings.out} could not be written: {error.strerror or error}. Check the disk's free space."
         ) from error
@@ -107,7 +106,6 @@ def _run(settings: CompressSettings, stage: Path, progress: Progress | None) -> 
     teacher = teacher_of(model, texts.calibration) if settings.heal else None
     job = _Job(settings, stage, progress, sixteen, texts, groups, prober.facts, tables, budget, original, teacher, notes)
     notes += [*loaded.notes, *texts.notes]
-    job.look()
     candidates = [before, _build(job, loaded, plans[0])]
     del loaded, model, prober.model
     for plan in plans[1:]:
@@ -131,7 +129,7 @@ def _run(settings: CompressSettings, stage: Path, progress: Progress | None) -> 
         calibration_tokens=texts.calibration_tokens,
         healed=settings.heal,
         notes=notes,
-        peak_rss_bytes=job.peak_bytes,
+        peak_rss_bytes=peak_rss_bytes(),
         out=str(settings.out),
     )
 
@@ -147,8 +145,9 @@ def _load_dense(settings: CompressSettings, progress: Progress | None) -> tuple[
     blocks = sorted(kind for kind in kinds if kind in FOUR_BIT_BLOCKS)
     if blocks:
         notes.append(
-            f"This model comes in {', '.join(blocks)} blocks: it was rounded to 4 bits before, so storages whose grid holds "
-            "that one (q8_0, 16 bits) lose nothing more, and keeping the file as it is may serve as well."
+            f"This model comes in {', '.join(blocks)}: it was rounded to 4 bits before, so the same storage loses next to "
+            "nothing on it, Q8_0 and 16 bits very little, and a comparison with them says nothing of other models. The "
+            "original of this report is the model in 16 bits."
         )
     return load(settings.model, base=sixteen, offline=settings.offline, progress=progress), sixteen, notes
 
@@ -176,7 +175,6 @@ def _build(job: _Job, loaded: Loaded, plan: Plan) -> Candidate:
     """Build one plan on a dense model, measure it and keep it on disk."""
     model, say = loaded.model, job.say(plan.name)
     build(model, job.texts.calibration, job.groups, plan.layers, plan.tables, say, in_metric=plan.name != PLAIN)
-    job.look()
     folder = job.stage / WORK / plan.name.replace(" ", "-")
     folder.mkdir(parents=True)
     write_compressed(folder, model, loaded.tokenizer, origin=job.settings.model, progress=say)
@@ -189,7 +187,6 @@ def _measure(job: _Job, model: Any, found: Candidate) -> None:
     found.quality = quality_of(measure_windows(model, job.texts.evaluation), job.original)
     found.cost = cost_of(model, job.texts.evaluation[0].ids)
     found.loss = found.quality.loss
-    job.look()
 
 
 def _weights_bytes(folder: Path) -> int:
@@ -233,7 +230,6 @@ def _healed(job: _Job, teacher: Teacher, candidate: Candidate, best: Candidate) 
     settings = job.settings
     heal(model, teacher, job.texts.calibration, settings.heal, seed=settings.seed, progress=job.say("healing"))
     before, after = candidate.validation_loss, _mean(model, job.texts)
-    job.look()
     if after >= best.validation_loss:
         job.notes.append(
             f"Healing {candidate.name} took its loss on kept-out text from {before:.4f} to {after:.4f}, and {best.name} "
@@ -251,4 +247,11 @@ def _has_factors(plan: Plan) -> bool:
 
 
 def _remove_work(stage: Path) -> None:
-    shutil.rmtree(stage / WORK, ignore_errors=True)
+    shutil.rmtree(stage / WORK)
+
+
+def _is_of_writing(error: OSError, folder: Path) -> bool:
+    """Whether the error is of a full disk, or of a file that stands in `folder`."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return isinstance(error.filename, str) and Path(error.filename).absolute().is_relative_to(folder.absolute())

@@ -93,9 +93,9 @@ class _Reader:
         if factored is None:
             return self._stored(f"{name}.weight", entry.kind, entry.rows, entry.columns)
         places = self._places(f"{name}.places", entry.rows) if factored.pivoted else None
-        rows = entry.rows if places is None else int((places >= factored.rank).sum())
-        if rows == 0:
-            raise ShapeError(f"{name}.places must leave rows that are no pivots; it leaves none.")
+        if places is not None and not torch.equal(places.sort().values, torch.arange(entry.rows, dtype=torch.int32)):
+            raise ShapeError(f"{name}.places must hold each of 0 to {entry.rows - 1} once.")
+        rows = entry.rows if places is None else entry.rows - factored.rank
         if entry.right_of is None:
             self._rights[name] = self._stored(f"{name}.right.weight", factored.right, factored.rank, entry.columns)
         owner = entry.right_of or name

@@ -25,7 +25,7 @@ from luthier.matrices.factored import FactoredKind
 from luthier.strict_json import read_json
 
 DESCRIPTION_FILE = "compression.json"
-VERSION = 1
+VERSION: Literal[1] = 1
 MAX_SIZE = 1 << 31
 
 
@@ -63,8 +63,8 @@ class LayerEntry(_Strict):
 class Description(_Strict):
     """The whole of compression.json."""
 
-    format: Literal["luthier-compressed"] = "luthier-compressed"
-    version: int = VERSION
+    format: Literal["luthier-compressed"]
+    version: Literal[1]
     origin: str = Field("", max_length=4096)
     files: dict[str, FileEntry] = Field(min_length=1)
     layers: dict[str, LayerEntry] = Field(min_length=1)
@@ -129,8 +129,10 @@ def _problems(name: str, entry: LayerEntry, description: Description) -> list[st
         return [f"{short}: {entry.kind!r} names no storage.{nearest(entry.kind, KINDS)}"]
     if factored is None:
         return [f"{short}: only factored layers share a right factor"] if entry.right_of is not None else []
-    if factored.rank > entry.columns:
-        return [f"{short}: its rank is at most its {entry.columns} columns; got {factored.rank}"]
+    # A right factor that layers share may have more rows than one of these layers; pivots are rows of the layer itself.
+    most = min(entry.rows - 1, entry.columns) if factored.pivoted else entry.columns
+    if factored.rank > most:
+        return [f"{short}: its rank is at most {most}; got {factored.rank}"]
     if entry.right_of is None:
         return []
     owner = description.layers.get(entry.right_of)

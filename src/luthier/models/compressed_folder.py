@@ -46,7 +46,7 @@ def write_compressed(
     state, entries = stored_state(model)
     paths = [stage / file for file in write_weights(stage, state, progress, stem=WEIGHTS_STEM)]
     files = {path.name: FileEntry(size_bytes=path.stat().st_size, sha256=sha256_of(path)) for path in paths}
-    description = Description(origin=origin, files=files, layers=entries)
+    description = Description(format="luthier-compressed", version=VERSION, origin=origin, files=files, layers=entries)
     (stage / DESCRIPTION_FILE).write_text(description.to_text(), encoding="utf-8")
     content: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=True))
     content.pop("_name_or_path", None)
