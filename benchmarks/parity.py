@@ -107,7 +107,7 @@ def prepare(work: Path) -> dict[str, Any]:
     examples = data.train.examples
     drawn = [examples[row] for row in Order(config.seed, len(examples)).row_numbers(0, total_examples(config, len(examples)))]
     steps = total_steps(config, len(examples))
-    schedule = make_schedule(config, default_learning_rate(loaded.model.config.hidden_size, "lora"), steps)
+    schedule = make_schedule(config, default_learning_rate(loaded.model.config.hidden_size, "lora", steps), steps)
     write_json(work / "peer.json", {
         "rows": [{"input_ids": one.ids, "labels": labels(one.ids, one.supervised)} for one in drawn],
         "learning_rates": [schedule.learning_rate(step) for step in range(1, steps + 1)],

@@ -26,6 +26,7 @@ from race_data import (
 )
 
 RANK = 16
+LONG_RUN = 10_000  # steps: the rate of a long run for every contender
 MAX_LENGTH = 2048
 HELD_OUT = "held-out"
 ROWS_ALONE = frozenset({"k_proj", "v_proj", "qkv_proj"})
@@ -108,7 +109,7 @@ def _learning_rates(task: dict[str, Any], hidden_size: int) -> list[float]:
     from luthier.training.schedule import default_learning_rate, make_schedule
 
     config = RunConfig(data="rows", steps=task["steps"], batch_size=task["batch_size"])
-    schedule = make_schedule(config, default_learning_rate(hidden_size, "lora"), task["steps"])
+    schedule = make_schedule(config, default_learning_rate(hidden_size, "lora", LONG_RUN), task["steps"])
     return [schedule.learning_rate(step) for step in range(1, task["steps"] + 1)]
 
 

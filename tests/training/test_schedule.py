@@ -16,10 +16,17 @@ from luthier.training.schedule import (
 
 
 @pytest.mark.parametrize(
-    ("hidden", "method", "expected"), [(576, "lora", 1.32e-3), (2000, "lora", 5e-4), (576, "full", 1.32e-4)]
+    ("hidden", "method", "steps", "expected"),
+    [
+        (576, "lora", 100, 3.44e-3),
+        (576, "lora", 20, 3.44e-3),
+        (2000, "qlora", 200, 9e-4),
+        (2000, "lora", 16_000, 5.05e-4),
+        (576, "full", 100, 1.32e-4),
+    ],
 )
-def test_default_learning_rate(hidden: int, method: str, expected: float) -> None:
-    assert default_learning_rate(hidden, method) == pytest.approx(expected, rel=1e-9)
+def test_default_learning_rate(hidden: int, method: str, steps: int, expected: float) -> None:
+    assert default_learning_rate(hidden, method, steps) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])

@@ -73,7 +73,7 @@ class RunFlags:
         _option("--targets", show="T", text="all-linear, names with commas between, or one regex. [default: all-linear]"),
     ] = None
     learning_rate: Annotated[
-        float | None, _option("--lr", show="X", text="Peak learning rate. [default: from the hidden size]")
+        float | None, _option("--lr", show="X", text="Peak learning rate. [default: from the hidden size and the steps]")
     ] = None
     epochs: Annotated[float | None, _option("--epochs", show="N", text="Passes over the data. [default: 1]")] = None
     steps: Annotated[int | None, _option("--steps", show="N", text="Optimiser steps, instead of epochs.")] = None

@@ -231,7 +231,7 @@ def _resolved(config: RunConfig, model: Any, rows: int) -> RunConfig:
     steps = total_steps(config, rows)
     filled: dict[str, Any] = {}
     if config.learning_rate is None:
-        filled["learning_rate"] = default_learning_rate(int(model.config.hidden_size), config.method)
+        filled["learning_rate"] = default_learning_rate(int(model.config.hidden_size), config.method, steps)
     if config.epochs is None and config.steps is None:
         filled["epochs"] = DEFAULT_EPOCHS
     if config.save_every is None:
