@@ -93,7 +93,9 @@ class RunConfig(BaseModel):
     data_cache: bool = Field(True, description="keep rendered rows in the cache, so that the same data is tokenized once")
 
     # the optimisation
-    learning_rate: float | None = Field(None, gt=0, description="default: from the hidden size and the steps, see training/schedule.py")
+    learning_rate: float | None = Field(
+        None, gt=0, description="default: from the hidden size and the steps, see training/schedule.py"
+    )
     epochs: float | None = Field(None, gt=0)
     steps: int | None = Field(None, ge=1)
     batch_size: int = Field(8, ge=1, description="examples in one optimiser step")
