@@ -204,9 +204,13 @@ class Bench:
                 print("\n".join(verdicts(self.record.state, figures_of(self.record.state))), file=sys.stderr, flush=True)
 
     def measure_lengths(self) -> None:
-        """Luthier and one peer over rows of each length, shortest first; a contender ends where a length does not fit."""
+        """Luthier and one peer over rows of each length, shortest first; a contender ends where a length does not fit.
+
+        Without a peer among the contenders Luthier alone.
+        """
         shape = self.record.state["facts"]["shape"]
-        for contender in (LUTHIER[0], self._length_peer()) if self.options.lengths else ():
+        contenders = [LUTHIER[0], *([self._length_peer()] if set(PEERS) & set(self.options.contenders) else [])]
+        for contender in contenders if self.options.lengths else ():
             for length in sorted(self.options.lengths):
                 key = f"length-{length}/{contender}"
                 extra = {"attention": True, "shape": shape, "passes": 1} if contender in LUTHIER else {"collator": "padded"}

@@ -14,6 +14,8 @@ struct lt_attention {
   float scale, softcap;
   std::int64_t window, segments;
   const std::int64_t *starts, *parents;
+  std::int64_t queries;
+  const std::int64_t* rows;
 };
 
 using i64 = std::int64_t;
@@ -99,7 +101,7 @@ void head() {
 
 void attention() {
   const i64 starts[5] = {0, 10, 90, 95, 130}, parents[4] = {-1, 0, 1, 0}, tokens = 130, q_size = tokens * 4 * 16, kv_size = tokens * 2 * 16;
-  const lt_attention a = {4, 2, 16, 0.25f, 3, 40, 4, starts, parents};
+  const lt_attention a = {4, 2, 16, 0.25f, 3, 40, 4, starts, parents, 0, nullptr};
   const auto q = take(q_size), k = take(kv_size), v = take(kv_size), d = take(q_size);
   std::vector<float> out(q_size), lse(tokens * 4), dq(q_size), dk(kv_size), dv(kv_size);
   must(lt_attention_forward(&a, q.data(), k.data(), v.data(), out.data(), lse.data(), kThreads));

@@ -81,6 +81,37 @@ def test_heads_and_sizes(heads, kv_heads, size):
     )
 
 
+# Runs, gaps, whole segments and none at all; the second of them without a query in the first text.
+ROWS = (
+    lambda tokens: [n for n in range(tokens) if n % 7 in (2, 3, 4)],
+    lambda tokens: list(range(tokens // 2, tokens)),
+    lambda tokens: [tokens // 3 + 1],
+    lambda tokens: [],
+)
+
+
+@pytest.mark.parametrize("chosen", ROWS, ids=["runs", "end", "one", "none"])
+@pytest.mark.parametrize(("window", "softcap"), LIMITS)
+@pytest.mark.parametrize(("lengths", "parents"), PACKS[3:])
+def test_some_tokens_as_queries(lengths, parents, window, softcap, chosen):
+    """Queries of some tokens alone: what they give, and gradients to the keys of all, as if the others' were not used."""
+    starts = starts_of(lengths)
+    rows = torch.tensor(chosen(int(starts[-1])), dtype=torch.int64)
+    options = {"window": window, "softcap": softcap, "parents": parents_of(parents)}
+    assert_close_to_float64(
+        lambda q, k, v: attention.packed_attention(q[rows], k, v, starts, 0.25, **options, rows=rows),
+        lambda q, k, v: exact(q, k, v, starts, 0.25, **options)[rows],
+        tensors(int(starts[-1]), 6, 2, 16),
+    )
+
+
+def test_all_tokens_as_rows_are_as_no_rows():
+    q, k, v = tensors(90, 4, 2, 16)
+    pack = torch.tensor([0, 40, 65, 90]), 0.25
+    out = attention.packed_attention(q, k, v, *pack)
+    assert torch.equal(attention.packed_attention(q, k, v, *pack, rows=torch.arange(90)), out)
+
+
 def test_the_library_is_called_forward_and_backward():
     assert native.use_native()
     starts = starts_of([5, 4])
@@ -160,8 +191,16 @@ def test_results_do_not_depend_on_the_number_of_threads(lengths, parents):
 def test_bad_arguments_are_named():
     q, k, v = tensors(9, 4, 2, 16)
     starts = starts_of([9])
-    with pytest.raises(ShapeError, match=r"q is \(T, H, D\), k and v are \(T, H_kv, D\); got \(9, 4, 16\), \(8, 2, 16\)"):
-        attention.packed_attention(q, k[:8], v[:8], starts, 0.25)
+    with pytest.raises(ShapeError, match=r"k and v are \(T, H_kv, D\); got \(9, 4, 16\), \(9, 2, 16\) and \(8, 2, 16\)"):
+        attention.packed_attention(q, k, v[:8], starts, 0.25)
+    with pytest.raises(ShapeError, match=r"q must have the 9 rows of k and v; got 8. Say by rows which tokens they are of"):
+        attention.packed_attention(q[:8], k, v, starts, 0.25)
+    for bad in (torch.arange(3), torch.arange(4).int(), torch.arange(8).view(4, 2)):
+        with pytest.raises(ShapeError, match=r"rows must be int64 of shape \(4,\), as q has rows, on the CPU"):
+            attention.packed_attention(q[:4], k, v, starts, 0.25, rows=bad)
+    for bad in ([0, 1, 1, 2], [3, 2, 5, 6], [-1, 0, 1, 2], [6, 7, 8, 9]):
+        with pytest.raises(ShapeError, match=r"rows must rise within \[0, 9\); got"):
+            attention.packed_attention(q[:4], k, v, starts, 0.25, rows=torch.tensor(bad))
     with pytest.raises(ShapeError, match=r"must be float32; got torch\.float64"):
         attention.packed_attention(q.double(), k.double(), v.double(), starts, 0.25)
     with pytest.raises(ShapeError, match=r"the key heads must divide the query heads; got 2 and 3"):
@@ -188,9 +227,9 @@ def test_bad_arguments_are_named():
 
 def test_ops_have_honest_schemas_and_fakes():
     q, k, v = tensors(9, 4, 2, 16)
-    starts, options = starts_of([2, 5, 2]), (torch.tensor([-1, 0, 0]), 0.25, 0.0, 0)
-    torch.library.opcheck(torch.ops.luthier.packed_attention.default, (q, k, v, starts, *options))
-    out, lse = torch.ops.luthier.packed_attention(q, k, v, starts, *options)
-    torch.library.opcheck(
-        torch.ops.luthier.packed_attention_backward.default, (out, q, k, v, starts, options[0], out, lse, *options[1:])
-    )
+    starts, parents, options = starts_of([2, 5, 2]), torch.tensor([-1, 0, 0]), (0.25, 0.0, 0)
+    for rows in (None, torch.tensor([1, 2, 6])):
+        inputs = (q if rows is None else q[rows], k, v, starts, parents, rows)
+        torch.library.opcheck(torch.ops.luthier.packed_attention.default, (*inputs, *options))
+        out, lse = torch.ops.luthier.packed_attention(*inputs, *options)
+        torch.library.opcheck(torch.ops.luthier.packed_attention_backward.default, (out, *inputs, out, lse, *options))

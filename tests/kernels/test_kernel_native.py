@@ -133,7 +133,7 @@ def test_attention_refuses_each_null_pointer_unless_the_pack_is_empty(entry, poi
     function.argtypes = [c_void_p] * (pointers + 1) + [c_int64]
 
     def status(starts: torch.Tensor, *absent: int) -> int:
-        pack = attention._Attention(1, 1, 16, 0.25, 0.0, 0, 1, starts.data_ptr(), parents.data_ptr())
+        pack = attention._Attention(1, 1, 16, 0.25, 0.0, 0, 1, starts.data_ptr(), parents.data_ptr(), 0, None)
         addresses = [None if i in absent else room.data_ptr() for i in range(pointers)]
         return function(ctypes.addressof(pack), *addresses, 1)
 

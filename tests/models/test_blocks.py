@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from luthier import kernels
 from luthier.adapters import AdapterSpec, attach, trainable_parameters
+from luthier.adapters.targets import low_rank_layers
 from luthier.data.packing import Pack
 from luthier.evaluation.loss import supervised_loss
 from luthier.kernels import native
 from luthier.kernels.registry import registered_ops
-from luthier.models.blocks import without_blocks
+from luthier.models.blocks import linears, without_blocks
 from luthier.models.load import load
 from luthier.models.packed import packed_hidden
 from luthier.training.prepare import set_training_mode
@@ -120,16 +121,20 @@ def test_low_rank_terms(folders: dict[str, Path], family: str, recomputed: int) 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_half_is_one_operation(folders: dict[str, Path], family: str, caplog) -> None:
-    """Two layers: four norms and those of heads and posts, once each; q, k and v are one call, as are gate and up."""
+    """Two layers: four norms and those of heads and posts, once each; q, k and v are one call, as are gate and up.
+
+    In the last layer q is of other tokens than k and v, so it is turned by itself, and multiplied by itself where it can.
+    """
     model, pack = adapted(folders[family]), make_pack()
     with caplog.at_level(logging.INFO, logger="luthier"):
         supervised_loss(model, pack)
         forward = calls_during(lambda: supervised_loss(model, pack))
     assert not caplog.text
-    assert forward["packed_attention"] == forward["rotary_"] == forward["gated"] == 2
+    assert forward["packed_attention"] == forward["gated"] == 2
+    assert forward["rotary_"] == 3
     norms = {"qwen3": 4, "gemma2": 4, "gemma3": 6}.get(family, 2)
     assert forward["rms_norm"] == 2 * norms + 1
-    head = forward["frozen_linear"] - 2 * 4
+    head = forward["frozen_linear"] - 2 * 4 - (family != "phi3")
     assert head in (0, 1, 2)
 
 
@@ -202,6 +207,37 @@ def test_chosen_rows(folders: dict[str, Path], family: str) -> None:
             results.append([hidden.detach(), *(p.grad for _, p in trainable_parameters(model))])
         for got, expected in zip(*results, strict=True):
             assert relative(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_layer_multiplies_for_the_rows_alone(folders: dict[str, Path], family: str, monkeypatch) -> None:
+    """Forward and backward: all tokens go into k and v (and q with them where the three are one layer) and nothing else."""
+    seen: list[tuple[int, int]] = []
+    forward, backward = linears.forward_op, linears.backward_input_op
+
+    def forward_seen(x: Tensor, *rest):
+        outputs, inner = forward(x, *rest)
+        seen.extend((y.shape[1], len(y)) for y in outputs)
+        return outputs, inner
+
+    def backward_seen(dys: list[Tensor], *rest):
+        seen.extend((dy.shape[1], len(dy)) for dy in dys)
+        return backward(dys, *rest)
+
+    monkeypatch.setattr(linears, "forward_op", forward_seen)
+    monkeypatch.setattr(linears, "backward_input_op", backward_seen)
+    model, pack = adapted(folders[family]), make_pack()
+    hidden = packed_hidden(model, pack.ids, pack.starts, torch.tensor([3, 20, 77, 130]))
+    last = seen[len(seen) // 2 :]
+    assert len(last) == len(seen) - len(last)
+    count = len(last)
+    hidden.sum().backward()
+    half = model.model.layers[1].self_attn
+    whole = [half.qkv_proj] if family == "phi3" else [half.k_proj, half.v_proj]
+    everywhere = sorted((layer.out_features, len(pack.ids)) for layer in whole)
+    for products in (last, seen[2 * count : 3 * count]):
+        assert sorted(product for product in products if product[1] != 4) == everywhere
+        assert len(products) == len(list(low_rank_layers(half))) + len(list(low_rank_layers(model.model.layers[1].mlp)))
 
 
 def test_against_float64(folders: dict[str, Path]) -> None:

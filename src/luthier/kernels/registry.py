@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from torch.autograd import profiler
 
 from luthier.kernels import native
 
 _library = torch.library.Library("luthier", "DEF")
 _ops: dict[str, Op] = {}
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 @dataclass
@@ -50,7 +52,29 @@ def define_op(
             return native_call(*arguments)
 
         _library.impl(name, on_cpu, "CPU")
+        return _direct(getattr(torch.ops.luthier, name).default, on_cpu)
     return getattr(torch.ops.luthier, name).default
+
+
+def _direct(dispatched: Callable, on_cpu: Callable) -> Callable:
+    """The op, past torch's dispatcher where all that it would do is call `on_cpu`.
+
+    For lists of tensors the way through it takes longer than all checks together, and a step goes it a thousand times.
+    """
+
+    def call(*arguments):
+        first = arguments[0][0] if isinstance(arguments[0], list) else arguments[0]
+        plain = type(first) in _PLAIN and first.is_cpu and not torch.is_grad_enabled()
+        if not plain or _watched():
+            return dispatched(*arguments)
+        return on_cpu(*arguments)
+
+    return call
+
+
+def _watched() -> bool:
+    """Whether something looks on at the dispatcher: a mode, a compiler, a profiler."""
+    return bool(torch._C._len_torch_dispatch_stack()) or torch.compiler.is_compiling() or profiler._is_profiler_enabled
 
 
 def registered_ops() -> list[Op]:

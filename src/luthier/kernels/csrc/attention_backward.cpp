@@ -21,10 +21,10 @@ void copy_rows(const float* from, std::int64_t from_stride, float* to, std::int6
   for (std::int64_t i = 0; i < count; ++i) std::memcpy(to + i * to_stride, from + i * from_stride, std::size_t(size) * 4);
 }
 
-// The queries of the spans [from, end), by the heads [head, last_head) of one group, against the keys of `keys`; adds to dq,
+// The queries [from, end), by the heads [head, last_head) of one group, against the keys of `keys`; adds to dq,
 // and adds to dk and dv or, with `begin`, writes them. Those of a tile stay in the nearest cache while all that see it are
 // gone through.
-void meet(const Round& round, const AttentionGradients& g, const Span* from, const Span* end, const Span& keys, std::int64_t head,
+void meet(const Round& round, const AttentionGradients& g, const Queries* from, const Queries* end, const Span& keys, std::int64_t head,
           std::int64_t last_head, const KeyGradients& to, bool begin) {
   const Pack& pack = round.pack;
   const AttentionShape& s = pack.shape;
@@ -39,11 +39,11 @@ void meet(const Round& round, const AttentionGradients& g, const Span* from, con
       copy_rows(to.dv + first * to.stride, to.stride, tile_dv, s.size, rows, s.size);
     }
     for (std::int64_t h = head; h < last_head; ++h) {
-      for (const Span* span = from; span != end; ++span) {
-        for (std::int64_t row = span->begin; row < span->end; row += kTile) {
-          const std::int64_t count = std::min<std::int64_t>(kTile, span->end - row), at = row * s.q_stride() + h * s.size;
+      for (const Queries* of = from; of != end; ++of) {
+        for (std::int64_t row = of->begin; row < of->end; row += kTile) {
+          const std::int64_t count = std::min<std::int64_t>(kTile, of->end - row), at = row * s.q_stride() + h * s.size;
           KeyTile tile;
-          if (!pack.meets(*span, row, count, keys, b, &tile)) continue;
+          if (!pack.meets(*of, row, count, keys, b, &tile)) continue;
           round.point(&tile, keys, b, h / pack.group());
           const std::int64_t scalar = row * s.heads + h;
           const QueryTile queries{g.q + at, count, nullptr, const_cast<float*>(g.lse) + scalar, g.dout + at, g.delta + scalar};
@@ -84,17 +84,17 @@ void add_parts(const Round& round, const AttentionGradients& g, const Parts& par
   });
 }
 
-// The descendants of each span, in order. Without a window their rows see all of its keys, wherever they stand, so neighbours
-// are taken as one span: short ones fill the tiles together.
-std::vector<std::vector<Span>> descendants(const Pack& pack) {
-  std::vector<std::vector<Span>> found(pack.spans.size());
-  for (const Span& span : pack.spans) {
-    for (const Span* above = pack.before(span); above != nullptr; above = pack.before(*above)) {
-      std::vector<Span>& below = found[std::size_t(above - pack.spans.data())];
-      if (pack.shape.window == 0 && !below.empty() && below.back().end == span.begin) {
-        below.back().end = span.end;
+// The queries of each span's descendants, in order. Without a window they see all of its keys, wherever they stand, so
+// neighbours are taken together: short runs fill the tiles.
+std::vector<std::vector<Queries>> descendants(const Pack& pack) {
+  std::vector<std::vector<Queries>> found(pack.spans.size());
+  for (const Queries& of : pack.queries) {
+    for (const Span* above = pack.before(pack.spans[of.span]); above != nullptr; above = pack.before(*above)) {
+      std::vector<Queries>& below = found[std::size_t(above - pack.spans.data())];
+      if (pack.shape.window == 0 && !below.empty() && below.back().end == of.begin) {
+        below.back().end = of.end;
       } else {
-        below.push_back(span);
+        below.push_back(of);
       }
     }
   }
@@ -122,7 +122,7 @@ bool are_many(const Pack& pack) {
 void attention_backward(const Pack& pack, const AttentionGradients& g, const float* k, const float* v, int threads) {
   const AttentionShape& s = pack.shape;
   const std::int64_t spans = std::int64_t(pack.spans.size()), part = pack.tokens * s.size;
-  const std::vector<std::vector<Span>> below = descendants(pack);
+  const std::vector<std::vector<Queries>> below = descendants(pack);
   const bool shared = std::any_of(below.begin(), below.end(), [](const auto& each) { return !each.empty(); });
   const bool direct = pack.group() == 1 || are_many(pack);
   const std::int64_t part_bytes = direct && !shared ? 0 : pack.group() * part * 8;
@@ -132,19 +132,20 @@ void attention_backward(const Pack& pack, const AttentionGradients& g, const flo
     const Parts parts{room, room + (part_bytes == 0 ? 0 : heads * part), pack.tokens, s.size};
     const std::int64_t together = direct ? pack.group() : 1, tasks = heads / together;
     parallel_for(spans * tasks, threads, [&](std::int64_t task) {
-      const Span* span = &pack.spans[std::size_t(task / tasks)];
+      const std::size_t n = std::size_t(task / tasks);
+      const Queries *from = pack.queries.data() + pack.first_queries[n], *end = pack.queries.data() + pack.first_queries[n + 1];
       const std::int64_t head = task % tasks * together, kv_at = (round.first + task % tasks) * s.size;
-      for (std::int64_t row = span->begin; row < span->end; ++row) {
+      for (std::int64_t row = from == end ? 0 : from->begin; from != end && row < end[-1].end; ++row) {
         std::memset(g.dq + row * s.q_stride() + (first + head) * s.size, 0, std::size_t(together * s.size) * sizeof(float));
       }
       const KeyGradients to = direct ? KeyGradients{g.dk + kv_at, g.dv + kv_at, s.kv_stride()} : parts.of(head);
-      meet(round, g, span, span + 1, *span, first + head, first + head + together, to, true);
+      meet(round, g, from, end, pack.spans[n], first + head, first + head + together, to, true);
     });
     if (shared) {
       parallel_for(heads, threads, [&](std::int64_t head) {
         for (std::size_t n = 0; n < below.size(); ++n) {
           if (below[n].empty()) continue;
-          const Span *from = below[n].data(), *end = from + below[n].size();
+          const Queries *from = below[n].data(), *end = from + below[n].size();
           meet(round, g, from, end, pack.spans[n], first + head, first + head + 1, parts.of(head), direct);
         }
       });

@@ -11,11 +11,14 @@
 
 // q, out: (T, heads, size); k, v: (T, kv_heads, size); lse: (T, heads). Segment n is [starts[n], starts[n + 1]) and goes on
 // where segment parents[n] < n ends, or begins a text where parents[n] is -1; it attends to itself and to all before it.
+// With rows, q, out and lse are of the tokens rows[0] < rows[1] < ... only, `queries` of them; without, of all.
 struct lt_attention {
   std::int64_t heads, kv_heads, size;
   float scale, softcap;
   std::int64_t window, segments;
   const std::int64_t *starts, *parents;
+  std::int64_t queries;
+  const std::int64_t* rows;
 };
 
 namespace lt {
@@ -37,34 +40,65 @@ struct Span {
   std::int64_t tiles() const { return (end - begin + kTile - 1) / kTile; }
 };
 
+// Neighbouring tokens of one segment that are queries: rows [begin, end) of q.
+struct Queries {
+  std::int64_t begin, end;
+  std::int64_t position;  // of the first, in its text
+  std::size_t span;
+};
+
 class Pack {
  public:
   explicit Pack(const lt_attention& a)
-      : shape{a.heads, a.kv_heads, a.size, a.scale, a.softcap, a.window}, tokens(a.starts[a.segments]) {
+      : shape{a.heads, a.kv_heads, a.size, a.scale, a.softcap, a.window},
+        tokens(a.starts[a.segments]),
+        rows(a.rows == nullptr ? tokens : a.queries) {
     spans.reserve(std::size_t(a.segments));
     for (std::int64_t n = 0; n < a.segments; ++n) {
       const Span* above = a.parents[n] < 0 ? nullptr : &spans[std::size_t(a.parents[n])];
       const std::int64_t position = above == nullptr ? 0 : above->position + above->end - above->begin;
       spans.push_back({a.starts[n], a.starts[n + 1], key_tiles, position, a.parents[n]});
       key_tiles += spans.back().tiles();
+      first_queries.push_back(queries.size());
+      add_queries(a.rows);
     }
+    first_queries.push_back(queries.size());
   }
 
   const AttentionShape shape;
-  const std::int64_t tokens;
+  const std::int64_t tokens, rows;  // of k and v; of q
   std::vector<Span> spans;
+  std::vector<Queries> queries;            // of one span after the other
+  std::vector<std::size_t> first_queries;  // those of span n: [first_queries[n], first_queries[n + 1])
   std::int64_t key_tiles = 0;
 
   std::int64_t group() const { return shape.heads / shape.kv_heads; }
   // The segment that `span` goes on from, if there is one.
   const Span* before(const Span& span) const { return span.parent < 0 ? nullptr : &spans[std::size_t(span.parent)]; }
 
-  // Tile b of `keys` as queries [row, row + count) of `span` meet it; false if none of them sees any of it.
-  bool meets(const Span& span, std::int64_t row, std::int64_t count, const Span& keys, std::int64_t b, KeyTile* tile) const {
+  // Tile b of `keys` as rows [row, row + count) of q, all in `of`, meet it; false if none of them sees any of it.
+  bool meets(const Queries& of, std::int64_t row, std::int64_t count, const Span& keys, std::int64_t b, KeyTile* tile) const {
     tile->count = std::min<std::int64_t>(kTile, keys.end - keys.begin - b * kTile);
-    tile->shift = span.position + row - span.begin - keys.position - b * kTile;
+    tile->shift = of.position + row - of.begin - keys.position - b * kTile;
     const bool behind = shape.window > 0 && tile->shift - shape.window + 1 > tile->count - 1;
     return tile->shift + count > 0 && !behind;
+  }
+
+ private:
+  // The queries of the span made last: without rows all its tokens, else the runs of those that are named.
+  void add_queries(const std::int64_t* named) {
+    const Span& span = spans.back();
+    const std::size_t own = spans.size() - 1;
+    if (named == nullptr) {
+      if (span.end > span.begin) queries.push_back({span.begin, span.end, span.position, own});
+      return;
+    }
+    std::int64_t row = queries.empty() ? 0 : queries.back().end;
+    while (row < rows && named[row] < span.end) {
+      const std::int64_t begin = row, first = named[row];
+      while (row < rows && named[row] < span.end && named[row] == first + row - begin) ++row;
+      queries.push_back({begin, row, span.position + first - span.begin, own});
+    }
   }
 };
 

@@ -42,12 +42,16 @@ def are_switched_on() -> bool:
 def blocks_hidden(model: Any, ids: Tensor, tokens: Tokens, rows: Tensor | None, entry: Entry | None = None) -> Tensor | None:
     """Hidden states after the final norm, (T, hidden) or at `rows` (S, hidden); None where the model has no blocks.
 
-    ids: (T,) int64; tokens: the texts that they make up. With `rows` the last layer computes nothing for other tokens
-    but the keys and values they are read by. With `entry` the layers below it are not run.
+    ids: (T,) int64; tokens: the texts that they make up. With `rows`, which differ, the last layer computes nothing for
+    other tokens but the keys and values they are read by. With `entry` the layers below it are not run.
     What runs another way than fused is said once a model in the log.
     """
     if not are_switched_on():
         return None
+    if rows is not None and bool((rows.diff() < 0).any()):
+        rising, places = rows.sort()
+        hidden = blocks_hidden(model, ids, tokens, rising, entry)
+        return None if hidden is None else hidden.index_select(0, places.argsort())
     body = model.base_model
     family, obstacle = family_of(body), choice.body_obstacle(body)
     if family is not None and obstacle is None:

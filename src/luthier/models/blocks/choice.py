@@ -97,9 +97,13 @@ def say_once(model: nn.Module, text: str) -> None:
 
 def is_watched(module: Any) -> bool:
     """Whether calling the module does more than its class says."""
-    replaced = "forward" in module.__dict__ and not getattr(module, "is_recomputed", False)
+    own = module.__dict__
+    replaced = "forward" in own and not own.get("is_recomputed", False)
     replaced = replaced and not getattr(module.forward, "uses_blocks", False)
-    return replaced or any(getattr(module, name) for name in _HOOKS)
+    # Asked of every module of every layer in every step.
+    return replaced or bool(
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    )
 
 
 def _hooks(module: Any) -> list[Any]:

@@ -18,25 +18,30 @@ from luthier.kernels.elementwise import geglu, swiglu
 from luthier.kernels.elementwise_ops import rotary_op
 from luthier.linear import outputs_of
 from luthier.models.blocks.description import AttentionHalf, MlpHalf
-from luthier.models.blocks.tokens import Tables, Tokens
+from luthier.models.blocks.tokens import Tables, Tokens, query_tables
 
 
 def composed_attention(x: Tensor, half: AttentionHalf, tokens: Tokens, tables: Tables, rows: Tensor | None) -> Tensor:
     """What `fused_attention` computes, for any linear layers and norms that train."""
-    normed = half.norm(x)
-    outputs = outputs_of(half.projections, normed)
-    if len(outputs) == 1:
-        widths = [half.heads * half.head_size, half.kv_heads * half.head_size, half.kv_heads * half.head_size]
-        outputs = list(outputs[0].split(widths, 1))
-    q, k, v = (output.unflatten(1, (-1, half.head_size)) for output in outputs)
+    q, k, v = (output.unflatten(1, (-1, half.head_size)) for output in _queries_keys_values(half, half.norm(x), rows))
     if half.query_norm is not None and half.key_norm is not None:
         q, k = half.query_norm(q), half.key_norm(k)
-    q, k = _Rotary.apply(q, *tables), _Rotary.apply(k, *tables)
-    attend = partial(packed_attention, window=half.window, softcap=half.softcap, parents=tokens.parents)
-    attended = attend(q, k, v, tokens.starts, half.scale).flatten(1)
-    y = half.output(attended if rows is None else attended[rows])
+    q, k = _Rotary.apply(q, *query_tables(tables, rows)), _Rotary.apply(k, *tables)
+    attend = partial(packed_attention, window=half.window, softcap=half.softcap, parents=tokens.parents, rows=rows)
+    y = half.output(attend(q, k, v, tokens.starts, half.scale).flatten(1))
     y = y if half.post_norm is None else half.post_norm(y)
     return y + (x if rows is None else x[rows])
+
+
+def _queries_keys_values(half: AttentionHalf, normed: Tensor, rows: Tensor | None) -> list[Tensor]:
+    """q at the rows, k and v of all tokens. Where one layer gives all three, of q all others are left."""
+    if len(half.projections) == 1:
+        widths = [half.heads * half.head_size, half.kv_heads * half.head_size, half.kv_heads * half.head_size]
+        q, k, v = outputs_of(half.projections, normed)[0].split(widths, 1)
+        return [q if rows is None else q[rows], k, v]
+    if rows is None:
+        return outputs_of(half.projections, normed)
+    return [*outputs_of(half.projections[:1], normed[rows]), *outputs_of(half.projections[1:], normed)]
 
 
 def composed_mlp(x: Tensor, half: MlpHalf) -> Tensor:

@@ -13,8 +13,8 @@ from luthier.kernels.attention import attention_backward_op, attention_op
 from luthier.kernels.elementwise_ops import rms_norm_backward_op, rms_norm_op, rotary_in_place_op
 from luthier.models.blocks.description import AttentionHalf, Norm
 from luthier.models.blocks.fused_mlp import norm_and_linears_backward
-from luthier.models.blocks.linears import Linears, linears_of
-from luthier.models.blocks.tokens import Tables, Tokens
+from luthier.models.blocks.linears import FirstAtRows, Linears, linears_of
+from luthier.models.blocks.tokens import Tables, Tokens, query_tables
 
 HEAD_UNIT = 16  # The kernel takes head sizes in whole multiples of this.
 
@@ -22,30 +22,47 @@ HEAD_UNIT = 16  # The kernel takes head sizes in whole multiples of this.
 @dataclass(frozen=True, eq=False)
 class _Plan:
     half: AttentionHalf
-    projections: Linears
+    projections: Linears | FirstAtRows
     output: Linears
     starts: Tensor
     parents: Tensor
-    cos: Tensor
-    sin: Tensor
+    tables: Tables
     rows: Tensor | None
 
     @property
     def options(self) -> tuple[float, float, int]:
         return self.half.scale, self.half.softcap or 0.0, self.half.window or 0
 
+    def turn(self, q: Tensor, k: Tensor, transposed: bool) -> None:
+        """The rotary embedding of q, of the rows, and k, of all tokens, in place."""
+        if self.rows is None:
+            rotary_in_place_op(q, k, *self.tables, transposed)
+            return
+        for x, tables in ((q, query_tables(self.tables, self.rows)), (k, self.tables)):
+            rotary_in_place_op(x, x.new_empty(len(x), 0, x.shape[2]), *tables, transposed)
+
 
 def fused_attention(x: Tensor, half: AttentionHalf, tokens: Tokens, tables: Tables, rows: Tensor | None) -> Tensor:
-    """x: (T, hidden), float32, contiguous -> (T, hidden), or (S, hidden) at the positions `rows`, (S,) int64.
+    """x: (T, hidden), float32, contiguous -> (T, hidden), or (S, hidden) at the positions `rows`, (S,) int64, rising.
+
+    With rows only k and v are computed for other tokens, and q where one layer gives all three.
 
     Gradients reach x and the terms and biases of the linear layers. Kept for backward: x, q, k, v (before their norms
     where they have some, else turned), attention's output and log sums, of each adapted layer u (T, rank), and with a
     norm after the half its input; of these only what the gradients asked for need.
     """
-    projections, first = linears_of(half.projections)
+    projections, first = _projections_of(half, rows)
     output, second = linears_of((half.output,))
-    plan = _Plan(half, projections, output, tokens.starts, tokens.parents, *tables, rows)
+    plan = _Plan(half, projections, output, tokens.starts, tokens.parents, tables, rows)
     return _FusedAttention.apply(x, plan, *first, *second)
+
+
+def _projections_of(half: AttentionHalf, rows: Tensor | None) -> tuple[Linears | FirstAtRows, list[Tensor | None]]:
+    if rows is None or len(half.projections) == 1:
+        return linears_of(half.projections)
+    first, small = linears_of(half.projections[:1])
+    rest, others = linears_of(half.projections[1:])
+    return FirstAtRows(first, rest, rows), [*small, *others]
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -57,16 +74,15 @@ class _FusedAttention(torch.autograd.Function):
         _, normed, _ = rms_norm_op(x, None, half.norm.weight, half.norm.plus, half.norm.eps)
         outputs, inner = plan.projections.forward(normed, first)
         del normed
-        q, k, v = kept = _heads(outputs, half)
+        q, k, v = kept = _heads(outputs, plan)
         del outputs
         if half.query_norm is not None:
             q, k = _turned(q, k, plan)
         else:
-            rotary_in_place_op(q, k, plan.cos, plan.sin, False)
-        attended, lse = attention_op(q, k, v, plan.starts, plan.parents, *plan.options)
+            plan.turn(q, k, False)
+        attended, lse = attention_op(q, k, v, plan.starts, plan.parents, plan.rows, *plan.options)
         del q, k, v
-        chosen = _at_rows(attended.flatten(1), plan.rows)
-        (y,), inner_output = plan.output.forward(chosen, second)
+        (y,), inner_output = plan.output.forward(attended.flatten(1), second)
         kept_y = inverse = None
         if half.post_norm is not None:
             kept_y = y
@@ -100,16 +116,17 @@ class _FusedAttention(torch.autograd.Function):
         dy = dout
         if half.post_norm is not None:
             dy, _ = rms_norm_backward_op(dout, None, kept_y, half.post_norm.weight, half.post_norm.plus, inverse, False)
-        chosen = _at_rows(attended.flatten(1), plan.rows) if plan.output.wants_input(wants_second) else None
-        dchosen, second_gradients = plan.output.backward([dy], chosen, [inner_output], second, wants_second, below)
+        o_input = attended.flatten(1) if plan.output.wants_input(wants_second) else None
+        dattended, second_gradients = plan.output.backward([dy], o_input, [inner_output], second, wants_second, below)
         if not below:
             return None, None, *[None] * len(first), *second_gradients
-        dattended = _from_rows(dchosen, plan.rows, len(q)).view_as(attended)
-        dq, dk, dv = _attention_backward(plan, dattended, q, k, v, attended, lse)
-        del dy, chosen, dchosen, dattended, attended
+        assert dattended is not None
+        dq, dk, dv = _attention_backward(plan, dattended.view_as(attended), q, k, v, attended, lse)
+        del dy, o_input, dattended, attended
         pieces = [piece.flatten(1) for piece in (dq, dk, dv)]
-        pieces = pieces if projections.count == 3 else [torch.cat(pieces, 1)]
-        dresidual = _from_rows(dout, plan.rows, len(q)) if wants_dx else None
+        if projections.count == 1:
+            pieces = [torch.cat([_from_rows(pieces[0], plan.rows, len(k)), *pieces[1:]], 1)]
+        dresidual = _from_rows(dout, plan.rows, len(k)) if wants_dx else None
         dx, first_gradients = norm_and_linears_backward(half.norm, projections, x, pieces, inner, first, wants_first, dresidual)
         return dx, None, *first_gradients, *second_gradients
 
@@ -119,11 +136,13 @@ def _wants(ctx: Any, plan: _Plan) -> tuple[bool, tuple[bool, ...], tuple[bool, .
     return wants_dx, tuple(small[: plan.projections.small_count]), tuple(small[plan.projections.small_count :])
 
 
-def _heads(outputs: list[Tensor], half: AttentionHalf) -> tuple[Tensor, Tensor, Tensor]:
-    """q (T, H, D), k and v (T, K, D), each in memory of its own."""
+def _heads(outputs: list[Tensor], plan: _Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """q (T, H, D), or (S, H, D) at the rows, k and v (T, K, D), each in memory of its own."""
+    half = plan.half
     if len(outputs) == 1:
         widths = [half.heads * half.head_size, half.kv_heads * half.head_size, half.kv_heads * half.head_size]
-        outputs = [piece.contiguous() for piece in outputs[0].split(widths, 1)]
+        q, k, v = outputs[0].split(widths, 1)
+        outputs = [_at_rows(q, plan.rows).contiguous(), k.contiguous(), v.contiguous()]
     q, k, v = (output.view(len(output), -1, half.head_size) for output in outputs)
     return q, k, v
 
@@ -140,7 +159,7 @@ def _turned(q: Tensor, k: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
     assert plan.half.key_norm is not None
     q, _ = _head_norm(q, plan.half.query_norm)
     k, _ = _head_norm(k, plan.half.key_norm)
-    rotary_in_place_op(q, k, plan.cos, plan.sin, False)
+    plan.turn(q, k, False)
     return q, k
 
 
@@ -150,9 +169,9 @@ def _attention_backward(
     """Gradients to what the projections gave. q, k: as kept, that is before their norms where they have some."""
     query_norm, key_norm = plan.half.query_norm, plan.half.key_norm
     turned_q, turned_k = (q, k) if query_norm is None else _turned(q, k, plan)
-    inputs = turned_q, turned_k, v, plan.starts, plan.parents
+    inputs = turned_q, turned_k, v, plan.starts, plan.parents, plan.rows
     dq, dk, dv = attention_backward_op(dattended, *inputs, attended, lse, *plan.options)
-    rotary_in_place_op(dq, dk, plan.cos, plan.sin, True)
+    plan.turn(dq, dk, True)
     if query_norm is not None and key_norm is not None:
         dq, dk = _head_norm_backward(dq, q, query_norm), _head_norm_backward(dk, k, key_norm)
     return dq, dk, dv
@@ -169,7 +188,6 @@ def _at_rows(x: Tensor, rows: Tensor | None) -> Tensor:
     return x if rows is None else x[rows]
 
 
-def _from_rows(dx: Tensor | None, rows: Tensor | None, tokens: int) -> Tensor:
+def _from_rows(dx: Tensor, rows: Tensor | None, tokens: int) -> Tensor:
     """The transpose of `_at_rows`: zeros where no row was taken. Rows differ from each other."""
-    assert dx is not None
     return dx if rows is None else dx.new_zeros(tokens, dx.shape[1]).index_copy_(0, rows, dx)

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from luthier.kernels.elementwise_ops import gated_backward_op, gated_op, rms_norm_backward_op, rms_norm_op
 from luthier.models.blocks.description import MlpHalf, Norm
-from luthier.models.blocks.linears import Linears, linears_of
+from luthier.models.blocks.linears import FirstAtRows, Linears, linears_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +104,7 @@ def _wants(ctx: Any, plan: _Plan) -> tuple[bool, tuple[bool, ...], tuple[bool, .
 
 def norm_and_linears_backward(
     norm: Norm,
-    linears: Linears,
+    linears: Linears | FirstAtRows,
     x: Tensor | None,
     dys: list[Tensor],
     inner: list[Tensor | None],

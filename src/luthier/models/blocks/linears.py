@@ -67,6 +67,59 @@ class Linears:
         return list(small[: self.count]), list(small[self.count : 2 * self.count]), list(small[2 * self.count :])
 
 
+@dataclass(frozen=True, eq=False)
+class FirstAtRows:
+    """Layers of one input, as `Linears`, the first of them at the positions `rows`, (S,) int64, only.
+
+    `small` is that of the first, then that of the rest.
+    """
+
+    first: Linears
+    rest: Linears
+    rows: Tensor
+
+    @property
+    def count(self) -> int:
+        return self.first.count + self.rest.count
+
+    @property
+    def small_count(self) -> int:
+        return self.first.small_count + self.rest.small_count
+
+    def forward(self, x: Tensor, small: Small) -> tuple[list[Tensor], list[Tensor]]:
+        """(y, u) of each layer; (S, ...) of the first, (T, ...) of the others."""
+        own, others = self._split(small)
+        y, u = self.first.forward(x[self.rows], own)
+        rest_y, rest_u = self.rest.forward(x, others)
+        return [*y, *rest_y], [*u, *rest_u]
+
+    def backward(
+        self, dys: list[Tensor], x: Tensor | None, inner: Small, small: Small, wants: Sequence[bool], wants_dx: bool
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """As `Linears.backward`; the first of dys and of inner are (S, ...)."""
+        own, others = self._split(small)
+        wants_own, wants_others = self._split(wants)
+        x_own = x[self.rows] if x is not None and self.first.wants_input(wants_own) else None
+        dx_own, gradients = self.first.backward(dys[:1], x_own, inner[:1], own, wants_own, wants_dx)
+        dx, rest = self.rest.backward(dys[1:], x, inner[1:], others, wants_others, wants_dx)
+        if dx is not None and dx_own is not None:
+            dx.index_add_(0, self.rows, dx_own)
+        return dx, [*gradients, *rest]
+
+    def kept_inner(self, inner: list[Tensor], wants: Sequence[bool]) -> list[Tensor | None]:
+        """The u that backward will need, None for the others."""
+        own, others = self._split(wants)
+        return [*self.first.kept_inner(inner[:1], own), *self.rest.kept_inner(inner[1:], others)]
+
+    def wants_input(self, wants: Sequence[bool]) -> bool:
+        """Whether an A trains, so that backward needs x."""
+        own, others = self._split(wants)
+        return self.first.wants_input(own) or self.rest.wants_input(others)
+
+    def _split(self, small: Sequence) -> tuple[Sequence, Sequence]:
+        return small[: self.first.small_count], small[self.first.small_count :]
+
+
 def _gradients_of_A(
     v: Sequence[Tensor], x: Tensor | None, scalings: Sequence[float], wants: Sequence[bool]
 ) -> list[Tensor | None]:

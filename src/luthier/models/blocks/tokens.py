@@ -56,6 +56,12 @@ def is_static(rotary: Any, kind: str | None) -> bool:
     return (rotary.rope_type if kind is None else rotary.rope_type[kind]) in STATIC_ROTARY
 
 
+def query_tables(tables: Tables, rows: Tensor | None) -> Tables:
+    """cos and sin of the tokens at `rows` alone, or as they are without rows."""
+    cos, sin = tables
+    return tables if rows is None else (cos[rows], sin[rows])
+
+
 def rotary_tables(rotary: Any, hidden: Tensor, tokens: Tokens, kind: str | None) -> Tables:
     """cos and sin of every token, each (T, R) float32, from the family's own module.
 
