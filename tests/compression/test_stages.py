@@ -13,7 +13,7 @@ from luthier.adapters.targets import low_rank_layers
 from luthier.calibration.sensitivity import mean_loss
 from luthier.compression import heal as healing
 from luthier.compression.build import build
-from luthier.compression.candidates import Option, Prober, gain_names, layer_options, pruned
+from luthier.compression.candidates import Option, Prober, layer_options, pruned
 from luthier.compression.heal import heal, teacher_of
 from luthier.compression.specs import Spec, part_bytes, spec_bytes, whole
 from luthier.compression.walk import Seen, walk, weighted_groups
@@ -108,10 +108,10 @@ def test_later_groups_see_what_earlier_ones_were_made(folder: Path) -> None:
 def test_what_is_expected_of_options_falls_with_bytes_and_sizes_are_those_of_the_file(folder: Path) -> None:
     model = load(str(folder), base="bf16").model
     groups = weighted_groups(model, packs())
-    prober = Prober(model, "auto", "bf16", gain_names(groups))
+    prober = Prober(model, "auto", "bf16", groups)
     walk(model, packs(), groups, prober.visit, changes=False)
     for facts in prober.facts:
-        options = layer_options(facts, prober)
+        options = layer_options(facts, prober, {"bf16": 0.5, "nf4": 0.5})
         for smaller, larger in itertools.pairwise(options):
             assert smaller.size_bytes < larger.size_bytes
             assert smaller.loss > larger.loss >= 0

@@ -22,7 +22,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from luthier.adapters.targets import low_rank_layers
-from luthier.compression.build import places_of
 from luthier.data.packing import Pack
 from luthier.errors import ConfigError, NumericError
 from luthier.evaluation.loss import predicting_hidden
@@ -136,7 +135,7 @@ def _merge(layer: LowRankLinear, merged: dict[int, StoredMatrix]) -> None:
     if matrix.places is not None:
         parts = pivoted(Factors(A, B))
         left, right = stored(parts.coefficients, matrix.left.kind), stored(parts.basis, matrix.right.kind)
-        layer.matrix = FactoredMatrix(left, right, places=places_of(parts))
+        layer.matrix = FactoredMatrix(left, right, places=parts.places)
     else:
         right = matrix.right if keeps_right else merged.setdefault(id(matrix.right), stored(A, matrix.right.kind))
         layer.matrix = FactoredMatrix(stored(B, matrix.left.kind), right, base=matrix.base)

@@ -13,7 +13,7 @@ import torch
 
 from luthier.calibration.sensitivity import mean_loss
 from luthier.compression.build import build
-from luthier.compression.candidates import LayerFacts, Prober, gain_names
+from luthier.compression.candidates import LayerFacts, Prober
 from luthier.compression.heal import Teacher, heal, teacher_of
 from luthier.compression.measure import Windows, cost_of, measure_windows, quality_of
 from luthier.compression.planning import Plan, Table, allocated_plan, fixed_bytes, nf4_plan, tables_of, uniform_plan
@@ -99,8 +99,9 @@ def _run(settings: CompressSettings, stage: Path, progress: Progress | None) -> 
     before = Candidate("original", original.mean_loss, _mean(model, texts), 0.0, stored_bytes(model))
     before.quality, before.cost = quality_of(original, original), cost_of(model, texts.evaluation[0].ids)
     groups = weighted_groups(model, texts.calibration, progress)
-    prober = Prober(model, settings.bits, sixteen, gain_names(groups))
+    prober = Prober(model, settings.bits, sixteen, groups)
     walk(model, texts.calibration, groups, prober.visit, changes=False, progress=progress, stage="trying every layer")
+    prober.measure(texts.validation)
     tables = tables_of(model, texts.validation, prober, progress)
     plans = _plans(prober, tables, budget - fixed_bytes(model), heals=settings.heal > 0)
     teacher = teacher_of(model, texts.calibration) if settings.heal else None

@@ -12,7 +12,7 @@ layer is reached. Layers that are given one tensor (q, k and v; gate and up) for
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,12 +21,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from luthier.calibration.inputs import linear_layers, look_at_inputs, shared_inputs
+from luthier.calibration.inputs import hooked, linear_layers, look_at_inputs, look_at_output_gradients, shared_inputs
 from luthier.calibration.moments import MomentSum
 from luthier.data.packing import Pack
 from luthier.errors import NumericError, bulleted
-from luthier.evaluation.loss import supervised_loss
-from luthier.models.modes import evaluation_mode, inputs_require_grads
+from luthier.models.modes import evaluation_mode
 from luthier.models.packed import entry_obstacle, packed_inputs, packed_layers
 from luthier.progress import Progress
 
@@ -56,12 +55,11 @@ def weighted_groups(model: PreTrainedModel, packs: Sequence[Pack], progress: Pro
     Raises NumericError where gradients are not finite.
     """
     groups = shared_inputs(model)
-    layers = linear_layers(model, [name for group in groups for name in group])
-    felt: dict[str, list[Tensor]] = {name: [] for name in layers}
+    felt: dict[str, list[Tensor]] = {name: [] for group in groups for name in group}
     for number, pack in enumerate(packs):
         if progress is not None:
             progress("measuring what the loss feels", number, len(packs))
-        for name, squares in _gradient_squares(model, pack, layers).items():
+        for name, squares in _gradient_squares(model, pack, list(felt)).items():
             felt[name].append(squares)
     bad = [name for name, own in felt.items() if not all(bool(weights.isfinite().all()) for weights in own)]
     if bad:
@@ -69,31 +67,16 @@ def weighted_groups(model: PreTrainedModel, packs: Sequence[Pack], progress: Pro
     return [Group(tuple(names), {name: felt[name] for name in names}) for names in groups]
 
 
-def _gradient_squares(model: PreTrainedModel, pack: Pack, layers: dict[str, Any]) -> dict[str, Tensor]:
+def _gradient_squares(model: PreTrainedModel, pack: Pack, names: Sequence[str]) -> dict[str, Tensor]:
     """|g_t|^2 / out_features at the output of each layer, (T,) float32; 0 where the loss does not depend on it."""
-    found = {name: torch.zeros(pack.tokens) for name in layers}
+    found = {name: torch.zeros(pack.tokens) for name in names}
 
-    def watch(name: str) -> Callable[..., None]:
-        def keep(gradient: Tensor) -> None:
-            squares = gradient.reshape(-1, gradient.shape[-1]).square().mean(1)
-            # The last decoder layer may compute the tokens alone that a loss depends on.
-            found[name][torch.arange(pack.tokens) if len(squares) == pack.tokens else pack.predict.unique()] = squares
+    def see(name: str, gradient: Tensor) -> None:
+        squares = gradient.square().mean(1)
+        # The last decoder layer may compute the tokens alone that a loss depends on.
+        found[name][torch.arange(pack.tokens) if len(squares) == pack.tokens else pack.predict.unique()] = squares
 
-        def hook(_module: Any, _inputs: Any, output: Tensor) -> None:
-            if output.requires_grad:
-                output.register_hook(keep)
-
-        return hook
-
-    handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
-    try:
-        with evaluation_mode(model), inputs_require_grads(model) as entered, torch.enable_grad():
-            loss = supervised_loss(model, pack)
-            if loss.requires_grad:
-                loss.backward(inputs=entered)
-    finally:
-        for handle in handles:
-            handle.remove()
+    look_at_output_gradients(model, pack, names, see)
     return found
 
 
@@ -181,14 +164,8 @@ class _Sums:
         return [Seen(name, own.moments().second / (2.0 * supervised)) for name, own in self._sums.items()]
 
 
-@contextmanager
-def _looking(layers: Mapping[str, Any], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+def _looking(layers: Mapping[str, Any], see: Callable[[str, Tensor], None]) -> AbstractContextManager[None]:
     def watch(name: str) -> Callable[..., None]:
         return lambda _module, inputs: see(name, inputs[0].detach().reshape(-1, inputs[0].shape[-1]))
 
-    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return hooked({name: layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()})
