@@ -43,7 +43,7 @@ def prober(folder: Path) -> Prober:
 
 
 def test_measured_is_the_rise_of_the_loss_and_the_model_stays(folder: Path) -> None:
-    found = walked(folder, "16")
+    found = walked(folder, "auto")
     layers = linear_layers(found.model, None)
     before = {name: layer.matrix for name, layer in layers.items()}
     tried = {family: (dict(trial.matrices), trial.predicted) for family, trial in found.trials.items()}
@@ -62,7 +62,10 @@ def test_measured_is_the_rise_of_the_loss_and_the_model_stays(folder: Path) -> N
     facts = {one.name: one for one in found.facts}
     dropped = sum(one.dropped(int(rank_at(one.shape, 0.8))) for one in facts.values())
     assert found.probes["low rank"].predicted == pytest.approx(dropped, rel=1e-12)
-    assert found.probes["rounded"].predicted == pytest.approx(sum(one.errors["nf4"] for one in facts.values()), rel=1e-12)
+    assert 0 < found.probes["rounded"].predicted < 0.8 * sum(one.errors["nf4"] for one in facts.values())
+    sixteen = walked(folder, "16")
+    sixteen.measure(packs(5))
+    assert sixteen.probes.keys() == {"low rank"}
 
 
 def test_factors_are_held_within_what_little_text_can_tell() -> None:
@@ -76,7 +79,7 @@ def test_layers_of_every_name_are_tried_evenly_over_the_depth() -> None:
     groups = [Group((f"layers.{n}.q", f"layers.{n}.k"), {}) for n in range(30)] + [Group(("top.head",), {})]
     chosen = probed_names(groups)
     assert len(chosen) == 2 * EACH + 1
-    assert {f"layers.{n}.q" for n in (2, 7, 12, 17, 22, 27)} <= chosen
+    assert {f"layers.{n}.q" for n in (3, 11, 18, 26)} <= chosen
     assert "top.head" in chosen
 
 
@@ -133,8 +136,8 @@ def test_plain_nf4_is_predicted_whatever_bits_are_allowed(folder: Path, bits: Bi
     for facts in found.facts:
         options = layer_options(facts, found, {"bf16": 0.0, "nf4": 0.0})
         assert {option.spec.kind or option.spec.factors for option in options} <= kinds
-    plain = nf4_plan(found.facts, [], found, 0)
-    assert plain.rise == pytest.approx(found.factor("rounded") * sum(one.errors["nf4"] for one in found.facts), rel=1e-12)
+    plain = nf4_plan(found.facts, [], 0)
+    assert plain.rise == pytest.approx(sum(one.errors["nf4"] for one in found.facts), rel=1e-12)
     assert plain.rise > 0
     uniform = uniform_plan(found.facts, [], found, 10**9)
     assert uniform is not None

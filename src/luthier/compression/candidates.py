@@ -7,7 +7,8 @@ Everything is predicted on the model as it was, from one walk through it. For an
     low rank        d times what rank r drops of W's decomposition
     factors in NF4  besides, f g 2 e of what the factors keep, e: the relative squared error of NF4 in this layer
 
-f, d: by what the loss rose more than predicted where some layers were rounded, or cut to a lower rank (`probing`).
+f, d: by what the loss rose more than predicted where some layers were rounded in the metric, or cut to a lower rank
+(`probing`).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from luthier.compression.walk import Group, Seen
 from luthier.data.packing import Pack
 from luthier.errors import NumericError
 from luthier.kernels.storage import GGUF_BLOCKS
-from luthier.lowrank import Choice, projected
+from luthier.lowrank import Choice, Decomposition, projected
 from luthier.matrices import stored
 
 REPAIR_RANKS = (8, 16, 32, 64, 96, 128)
@@ -105,9 +106,14 @@ class Prober:
             if seen.name in self._gain_layers:
                 self._measure_gains(W, seen, errors)
         if seen.name in self._probed:
-            self.trials["low rank"].add(seen.name, *truncated(found, shape))
-            self.trials["rounded"].add(seen.name, matrices["nf4"], errors["nf4"])
+            self._keep_for_trials(W, seen, found)
         return LayerFacts(seen.name, shape, found.energies, errors, repaired)
+
+    def _keep_for_trials(self, W: Tensor, seen: Seen, found: Decomposition) -> None:
+        self.trials["low rank"].add(seen.name, *truncated(found, (W.shape[0], W.shape[1])))
+        if self.bits != "16":
+            matrix = rounded(W, seen.metric, "nf4", in_metric=True)
+            self.trials["rounded"].add(seen.name, matrix, energy(W - matrix.dequantize(), seen.metric))
 
     def _measure_gains(self, W: Tensor, seen: Seen, errors: dict[str, float]) -> None:
         for kind in IN_METRIC:

@@ -165,16 +165,16 @@ def _at_share(facts: LayerFacts, prober: Prober, factors: str, share: float) -> 
     return min(options, key=lambda one: abs(one.spec.rank - rank_at(facts.shape, share)), default=None)
 
 
-def nf4_plan(facts: Sequence[LayerFacts], tables: Sequence[Table], prober: Prober, budget: int) -> Plan:
+def nf4_plan(facts: Sequence[LayerFacts], tables: Sequence[Table], budget: int) -> Plan:
     """Plain NF4 at nearest codes: all linear layers in it, embedding and head in as many bits as the budget leaves.
 
-    Where even the smallest does not fit it is the smallest all the same, for comparison.
+    Where even the smallest does not fit it is the smallest all the same, for comparison. Its rise is predicted without a
+    factor, for those are measured for rounding in the metric.
     """
     layers = {one.name: whole("nf4") for one in facts}
     linear = sum(spec_bytes(layers[one.name], one.shape) for one in facts)
     kinds = sorted(tables[0].rises, key=lambda kind: -part_bytes(kind, *tables[0].shape)) if tables else [""]
     sizes = {kind: linear + sum(part_bytes(kind, *table.shape) for table in tables) for kind in kinds}
     kind = next((kind for kind in kinds if sizes[kind] <= budget), kinds[-1])
-    rise = prober.factor("rounded") * sum(one.errors["nf4"] for one in facts)
-    rise += sum(table.rises.get(kind, 0.0) for table in tables)
+    rise = sum(one.errors["nf4"] for one in facts) + sum(table.rises.get(kind, 0.0) for table in tables)
     return Plan("plain nf4", layers, {table.name: kind for table in tables}, sizes[kind], rise)

@@ -22,7 +22,7 @@ from luthier.lowrank import Decomposition
 from luthier.matrices import FactoredMatrix, Matrix, stored
 
 Family = Literal["low rank", "rounded"]
-EACH = 6  # layers of one name that are tried, evenly spread over the model's depth
+EACH = 4  # layers of one name that are tried, evenly spread over the model's depth
 SHARE = 0.8  # of a matrix's numbers that low rank keeps in them
 # Kept-out text of a few thousand tokens tells rises of a few thousandths: what is measured may be off, or below zero.
 LEAST_FACTOR, MOST_FACTOR = 0.5, 10.0
@@ -77,13 +77,16 @@ def truncated(found: Decomposition, shape: tuple[int, int]) -> tuple[FactoredMat
 
 
 def measure_factors(model: PreTrainedModel, packs: Sequence[Pack], trials: dict[Family, Trial]) -> dict[Family, Probe]:
-    """Each trial's layers on the model for one pass over `packs`, which takes one pass more for the model as it is.
+    """Each trial's layers on the model for one pass over `packs`, which takes one pass more for the model as it is. Trials
+    without layers are left out.
 
     The trials are emptied: their matrices are of no further use.
     """
     before = mean_loss(model, packs)
     probes: dict[Family, Probe] = {}
     for family, trial in trials.items():
+        if not trial.matrices:
+            continue
         with replaced(model, trial.matrices):
             measured = mean_loss(model, packs) - before
         probes[family] = Probe(len(trial.matrices), trial.predicted, measured)

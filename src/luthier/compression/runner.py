@@ -94,11 +94,13 @@ def _run(settings: CompressSettings, stage: Path, progress: Progress | None) -> 
     model = loaded.model
     numbers = count_numbers(model)
     texts = read_texts(settings, model, loaded.tokenizer, progress)
+    release_free_memory()  # of whole files in tokens, windows are kept
     budget = settings.budget.bytes_of(numbers)
     original = measure_windows(model, texts.evaluation)
     before = Candidate("original", original.mean_loss, _mean(model, texts), 0.0, stored_bytes(model))
     before.quality, before.cost = quality_of(original, original), cost_of(model, texts.evaluation[0].ids)
     groups = weighted_groups(model, texts.calibration, progress)
+    release_free_memory()
     prober = Prober(model, settings.bits, sixteen, groups)
     walk(model, texts.calibration, groups, prober.visit, changes=False, progress=progress, stage="trying every layer")
     prober.measure(texts.validation)
@@ -169,7 +171,7 @@ def _plans(prober: Prober, tables: list[Table], budget: int, *, heals: bool) -> 
     if heals and not any(_has_factors(plan) for plan in plans):
         factored = uniform_plan(prober.facts, tables, prober, budget, factored=True)
         plans += [] if factored is None else [factored]
-    return [*plans, nf4_plan(prober.facts, tables, prober, budget)]
+    return [*plans, nf4_plan(prober.facts, tables, budget)]
 
 
 def _build(job: _Job, loaded: Loaded, plan: Plan) -> Candidate:

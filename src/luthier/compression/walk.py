@@ -12,7 +12,7 @@ layer is reached. Layers that are given one tensor (q, k and v; gate and up) for
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,6 +28,8 @@ from luthier.errors import NumericError, bulleted
 from luthier.models.modes import evaluation_mode
 from luthier.models.packed import entry_obstacle, packed_inputs, packed_layers
 from luthier.progress import Progress
+from luthier.training.allocator import trim_free_memory
+from luthier.training.recompute import decoder_layers, set_recomputed
 
 
 @dataclass(frozen=True)
@@ -52,19 +54,33 @@ Visit = Callable[[list[Seen]], None]
 def weighted_groups(model: PreTrainedModel, packs: Sequence[Pack], progress: Progress | None = None) -> list[Group]:
     """The groups of all linear layers but the head, in the order they run, with the weights of tokens: a backward pass a pack.
 
-    Raises NumericError where gradients are not finite.
+    Memory: beside the weights the hidden state of one pack at every decoder layer, and what one layer keeps for backward; in
+    families without blocks of their own, what all layers keep. Raises NumericError where gradients are not finite.
     """
     groups = shared_inputs(model)
     felt: dict[str, list[Tensor]] = {name: [] for group in groups for name in group}
-    for number, pack in enumerate(packs):
-        if progress is not None:
-            progress("measuring what the loss feels", number, len(packs))
-        for name, squares in _gradient_squares(model, pack, list(felt)).items():
-            felt[name].append(squares)
+    with _recomputed(model):
+        for number, pack in enumerate(packs):
+            _report(progress, "measuring what the loss feels", number, len(packs))
+            for name, squares in _gradient_squares(model, pack, list(felt)).items():
+                felt[name].append(squares)
     bad = [name for name, own in felt.items() if not all(bool(weights.isfinite().all()) for weights in own)]
     if bad:
         raise NumericError(f"gradients must be finite; NaN or Inf at the output of:\n{bulleted(bad)}\nCheck the model.")
     return [Group(tuple(names), {name: felt[name] for name in names}) for names in groups]
+
+
+@contextmanager
+def _recomputed(model: PreTrainedModel) -> Iterator[None]:
+    """Within it decoder layers keep their inputs alone for backward, in families with blocks of their own."""
+    if entry_obstacle(model) is not None:
+        yield
+        return
+    set_recomputed(model, len(decoder_layers(model)))
+    try:
+        yield
+    finally:
+        set_recomputed(model, 0)
 
 
 def _gradient_squares(model: PreTrainedModel, pack: Pack, names: Sequence[str]) -> dict[str, Tensor]:
@@ -103,7 +119,7 @@ def walk(
             visit(_seen_from_the_beginning(model, packs, group, supervised))
         return
     hidden = [packed_inputs(model, pack.ids, pack.starts, 0) for pack in packs]
-    depth = len(_decoder_layers(model))
+    depth = len(decoder_layers(model))
     for layer, own in enumerate(_by_layer(model, groups)):
         _report(progress, stage, layer, depth)
         for together in [[group] for group in own] if changes else [own]:
@@ -111,6 +127,7 @@ def walk(
                 visit(_seen_in_layer(model, packs, hidden, layer, together, supervised))
         for number, pack in enumerate(packs):
             hidden[number] = packed_layers(model, hidden[number], pack.starts, layer, layer + 1)
+        trim_free_memory()
 
 
 def _report(progress: Progress | None, stage: str, done: int, total: int) -> None:
@@ -118,14 +135,10 @@ def _report(progress: Progress | None, stage: str, done: int, total: int) -> Non
         progress(stage, done, total)
 
 
-def _decoder_layers(model: Any) -> Any:
-    return model.base_model.layers
-
-
 def _by_layer(model: PreTrainedModel, groups: Sequence[Group]) -> Iterator[list[Group]]:
     """The groups of each decoder layer."""
     names = {id(module): name for name, module in model.named_modules()}
-    for layer in _decoder_layers(model):
+    for layer in decoder_layers(model):
         prefix = f"{names[id(layer)]}."
         yield [group for group in groups if group.names[0].startswith(prefix)]
 
@@ -161,7 +174,7 @@ class _Sums:
             self._sums[name].add(x, weights[pack])
 
     def seen(self, supervised: int) -> list[Seen]:
-        return [Seen(name, own.moments().second / (2.0 * supervised)) for name, own in self._sums.items()]
+        return [Seen(name, own.moments().second.div_(2.0 * supervised)) for name, own in self._sums.items()]
 
 
 def _looking(layers: Mapping[str, Any], see: Callable[[str, Tensor], None]) -> AbstractContextManager[None]:
