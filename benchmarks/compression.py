@@ -240,9 +240,9 @@ class Bench:
         from luthier.compression.walk import walk
 
         if bits not in self.probers:
-            prober = Prober(self.model, bits, "bf16", self.weighted)
+            prober = Prober(self.model, bits, "bf16", self.weighted, self.texts.validation)
             walk(self.model, self.texts.calibration, self.weighted, prober.visit, changes=False)
-            prober.measure(self.texts.validation)
+            prober.measure()
             for family, probe in prober.probes.items():
                 print(f"  {family}: {probe.measured:.4f} nats measured, {probe.predicted:.4f} predicted", flush=True)
             self.probers[bits] = prober

@@ -10,22 +10,23 @@ from test_stages import packs
 from tiny import write_tiny
 
 from luthier.calibration.inputs import linear_layers
-from luthier.calibration.sensitivity import mean_loss
+from luthier.calibration.sensitivity import mean_loss, replaced
 from luthier.compression.build import layer_matrix
 from luthier.compression.candidates import LayerFacts, Prober, layer_options, low_rank_options, option_of
 from luthier.compression.planning import allocated_plan, nf4_plan, uniform_plan
 from luthier.compression.probing import EACH, Probe, probed_names
 from luthier.compression.settings import Bits
 from luthier.compression.specs import Spec, rank_at, spec_bytes, whole
-from luthier.compression.walk import Group, walk, weighted_groups
-from luthier.matrices import stored
+from luthier.compression.walk import Group, Seen, walk, weighted_groups
+from luthier.lowrank import projected, round_nf4
+from luthier.matrices import Matrix, stored
 from luthier.models.load import load
 
 
 def walked(folder: Path, bits: Bits) -> Prober:
     model = load(str(folder), base="bf16").model
     groups = weighted_groups(model, packs())
-    prober = Prober(model, bits, "bf16", groups)
+    prober = Prober(model, bits, "bf16", groups, packs(5))
     walk(model, packs(), groups, prober.visit, changes=False)
     return prober
 
@@ -38,34 +39,48 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def prober(folder: Path) -> Prober:
     found = walked(folder, "auto")
-    found.measure(packs(5))
+    found.measure()
     return found
 
 
-def test_measured_is_the_rise_of_the_loss_and_the_model_stays(folder: Path) -> None:
-    found = walked(folder, "auto")
-    layers = linear_layers(found.model, None)
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_measured_is_the_rise_of_the_loss_and_the_model_stays(tmp_path: Path, family: str) -> None:
+    """Against all layers cut, or rounded, at once: two layers of each name, so that all of them are tried."""
+    model = load(str(write_tiny(tmp_path / family, family)), base="bf16").model
+    groups = weighted_groups(model, packs())
+    prober = Prober(model, "auto", "bf16", groups, packs(5))
+    layers = linear_layers(model, [name for group in groups for name in group.names])
     before = {name: layer.matrix for name, layer in layers.items()}
-    tried = {family: (dict(trial.matrices), trial.predicted) for family, trial in found.trials.items()}
-    found.measure(packs(5))
+    made: dict[str, dict[str, Matrix]] = {"low rank": {}, "rounded": {}}
+
+    def visit(seen: list[Seen]) -> None:
+        for one in seen:
+            W = layers[one.name].matrix.dequantize()
+            cut = projected(W, one.metric).factors(int(rank_at((W.shape[0], W.shape[1]), 0.8)))
+            made["low rank"][one.name] = stored(cut.B.bfloat16().float() @ cut.A.bfloat16().float(), "f32")
+            made["rounded"][one.name] = round_nf4(W, one.metric)
+        prober.visit(seen)
+
+    walk(model, packs(), groups, visit, changes=False)
+    prober.measure()
     assert all(layer.matrix is before[name] for name, layer in layers.items())
-    assert set(tried) == {"low rank", "rounded"}
-    base = mean_loss(found.model, packs(5))
-    for family, (matrices, predicted) in tried.items():
-        assert matrices.keys() == layers.keys()  # two layers of each name, so all are tried
-        for name, layer in layers.items():
-            layer.matrix = stored(matrices[name].dequantize(), "f32")
-        probe = found.probes[family]
-        assert probe.measured == pytest.approx(mean_loss(found.model, packs(5)) - base, abs=2e-5)
-        assert probe.predicted == predicted
-        assert not found.trials[family].matrices
-    facts = {one.name: one for one in found.facts}
-    dropped = sum(one.dropped(int(rank_at(one.shape, 0.8))) for one in facts.values())
-    assert found.probes["low rank"].predicted == pytest.approx(dropped, rel=1e-12)
-    assert 0 < found.probes["rounded"].predicted < 0.8 * sum(one.errors["nf4"] for one in facts.values())
-    sixteen = walked(folder, "16")
-    sixteen.measure(packs(5))
-    assert sixteen.probes.keys() == {"low rank"}
+    base = mean_loss(model, packs(5))
+    for kind, matrices in made.items():
+        with replaced(model, matrices):
+            rise = mean_loss(model, packs(5)) - base
+        probe = prober.probes[kind]  # type: ignore[index]
+        assert probe.measured == pytest.approx(rise, rel=0.02, abs=5e-6)
+        assert abs(rise) > 1e-4
+        assert probe.layers == len(layers)
+    dropped = sum(one.dropped(int(rank_at(one.shape, 0.8))) for one in prober.facts)
+    assert prober.probes["low rank"].predicted == pytest.approx(dropped, rel=1e-12)
+    assert 0 < prober.probes["rounded"].predicted < 0.8 * sum(one.errors["nf4"] for one in prober.facts)
+
+
+def test_without_bits_nothing_is_rounded_in_the_metric(folder: Path) -> None:
+    found = walked(folder, "16")
+    found.measure()
+    assert found.probes.keys() == {"low rank"}
 
 
 def test_factors_are_held_within_what_little_text_can_tell() -> None:
@@ -86,7 +101,7 @@ def test_layers_of_every_name_are_tried_evenly_over_the_depth() -> None:
 def test_each_family_is_multiplied_by_its_own_factor(prober: Prober) -> None:
     facts = prober.facts[0]
     specs = [whole("nf4"), Spec("repair", "nf4", 8, "bf16"), Spec("low-rank", "", 16, "bf16")]
-    prober_alone = Prober(prober.model, "auto", "bf16", [], gains=prober.gains)
+    prober_alone = Prober(prober.model, "auto", "bf16", [], [], gains=prober.gains)
     alone = [option_of(facts, spec, prober_alone).loss for spec in specs]
     prober_alone.probes = {"low rank": Probe(1, 1.0, 3.0), "rounded": Probe(1, 1.0, 2.0)}
     assert [option_of(facts, spec, prober_alone).loss for spec in specs] == pytest.approx(
@@ -109,7 +124,7 @@ def test_low_rank_that_costs_more_than_predicted_is_left_alone(prober: Prober) -
     budget = 2 * spec_bytes(whole("nf4"), (512, 512))
     forms = {}
     for factor in (1.0, 10.0):
-        own = Prober(prober.model, "auto", "bf16", [], probes={"low rank": Probe(1, 1.0, factor)})
+        own = Prober(prober.model, "auto", "bf16", [], [], probes={"low rank": Probe(1, 1.0, factor)})
         plan = allocated_plan(facts, [], own, budget)
         assert plan.size_bytes <= budget
         forms[factor] = (plan.layers["steep"].form, plan.layers["flat"].form)
@@ -132,7 +147,7 @@ def test_no_layer_is_cut_below_half_an_even_share(prober: Prober) -> None:
 @pytest.mark.parametrize(("bits", "kinds"), [("16", {"bf16"}), ("4", {"nf4", "q4_0"})])
 def test_plain_nf4_is_predicted_whatever_bits_are_allowed(folder: Path, bits: Bits, kinds: set[str]) -> None:
     found = walked(folder, bits)
-    found.measure(packs(2))
+    found.measure()
     for facts in found.facts:
         options = layer_options(facts, found, {"bf16": 0.0, "nf4": 0.0})
         assert {option.spec.kind or option.spec.factors for option in options} <= kinds

@@ -108,7 +108,7 @@ def test_later_groups_see_what_earlier_ones_were_made(folder: Path) -> None:
 def test_what_is_expected_of_options_falls_with_bytes_and_sizes_are_those_of_the_file(folder: Path) -> None:
     model = load(str(folder), base="bf16").model
     groups = weighted_groups(model, packs())
-    prober = Prober(model, "auto", "bf16", groups)
+    prober = Prober(model, "auto", "bf16", groups, packs())
     walk(model, packs(), groups, prober.visit, changes=False)
     for facts in prober.facts:
         options = layer_options(facts, prober, {"bf16": 0.5, "nf4": 0.5})

@@ -30,7 +30,7 @@ from luthier.compression.walk import Group, Seen
 from luthier.data.packing import Pack
 from luthier.errors import NumericError
 from luthier.kernels.storage import GGUF_BLOCKS
-from luthier.lowrank import Choice, Decomposition, projected
+from luthier.lowrank import Choice, projected
 from luthier.matrices import stored
 
 REPAIR_RANKS = (8, 16, 32, 64, 96, 128)
@@ -70,27 +70,35 @@ class LayerFacts:
 
 @dataclass
 class Prober:
-    """Visits a walk and collects facts, and some layers' matrices for `measure`. sixteen: the kind of 16-bit storage."""
+    """Visits a walk that changes nothing and collects facts. sixteen: the kind of 16-bit storage; kept_out: text to measure on
+    what predictions are to be multiplied by."""
 
     model: PreTrainedModel
     bits: Bits
     sixteen: str
     groups: InitVar[Sequence[Group]]
+    kept_out: Sequence[Pack]
     facts: list[LayerFacts] = field(default_factory=list)
     gains: dict[tuple[str, str], float] = field(default_factory=dict)
-    trials: dict[Family, Trial] = field(default_factory=lambda: {"low rank": Trial(), "rounded": Trial()})
     probes: dict[Family, Probe] = field(default_factory=dict)
 
     def __post_init__(self, groups: Sequence[Group]) -> None:
         self._gain_layers, self._probed = gain_names(groups), probed_names(groups)
+        self._trials: dict[Family, Trial] = {
+            "low rank": Trial(self.model, self.kept_out),
+            "rounded": Trial(self.model, self.kept_out),
+        }
 
     def visit(self, seen: list[Seen]) -> None:
         layers = linear_layers(self.model, [one.name for one in seen])
         self.facts += [self._layer(layers[one.name].matrix.dequantize(), one) for one in seen]
+        for trial in self._trials.values():
+            trial.advance()
 
-    def measure(self, packs: Sequence[Pack]) -> None:
-        """Find by what predictions are to be multiplied, on kept-out packs; after the walk. Three passes over them."""
-        self.probes = measure_factors(self.model, packs, self.trials)
+    def measure(self) -> None:
+        """Find by what predictions are to be multiplied, after the walk."""
+        self.probes = measure_factors(self.model, self.kept_out, self._trials)
+        self._trials.clear()
 
     def _layer(self, W: Tensor, seen: Seen) -> LayerFacts:
         found, shape = projected(W, seen.metric), (W.shape[0], W.shape[1])
@@ -105,15 +113,11 @@ class Prober:
             repaired = {r: error.dropped(r) for r in REPAIR_RANKS if r < error.max_rank / 2}
             if seen.name in self._gain_layers:
                 self._measure_gains(W, seen, errors)
-        if seen.name in self._probed:
-            self._keep_for_trials(W, seen, found)
-        return LayerFacts(seen.name, shape, found.energies, errors, repaired)
-
-    def _keep_for_trials(self, W: Tensor, seen: Seen, found: Decomposition) -> None:
-        self.trials["low rank"].add(seen.name, *truncated(found, (W.shape[0], W.shape[1])))
-        if self.bits != "16":
+        self._trials["low rank"].add(seen.name, *truncated(found, shape))
+        if seen.name in self._probed and self.bits != "16":
             matrix = rounded(W, seen.metric, "nf4", in_metric=True)
-            self.trials["rounded"].add(seen.name, matrix, energy(W - matrix.dequantize(), seen.metric))
+            self._trials["rounded"].add(seen.name, matrix, energy(W - matrix.dequantize(), seen.metric))
+        return LayerFacts(seen.name, shape, found.energies, errors, repaired)
 
     def _measure_gains(self, W: Tensor, seen: Seen, errors: dict[str, float]) -> None:
         for kind in IN_METRIC:

@@ -101,9 +101,9 @@ def _run(settings: CompressSettings, stage: Path, progress: Progress | None) -> 
     before.quality, before.cost = quality_of(original, original), cost_of(model, texts.evaluation[0].ids)
     groups = weighted_groups(model, texts.calibration, progress)
     release_free_memory()
-    prober = Prober(model, settings.bits, sixteen, groups)
+    prober = Prober(model, settings.bits, sixteen, groups, texts.validation)
     walk(model, texts.calibration, groups, prober.visit, changes=False, progress=progress, stage="trying every layer")
-    prober.measure(texts.validation)
+    prober.measure()
     tables = tables_of(model, texts.validation, prober, progress)
     plans = _plans(prober, tables, budget - fixed_bytes(model), heals=settings.heal > 0)
     teacher = teacher_of(model, texts.calibration) if settings.heal else None
