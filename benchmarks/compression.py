@@ -13,7 +13,8 @@ that stands before it except where it says otherwise:
     weighted     tokens weighed by how much the loss feels them
     allocated    ranks given to where the loss feels them, by the knapsack
 
-4-bit lines: NF4 at nearest codes, rounded in the metric, and repaired with factors of rank 8 to 64.
+4-bit lines: NF4 at nearest codes, rounded in the metric, and repaired with factors of rank 8 to 64. `--heal` trains the last
+method of each ratio, and NF4 repaired with factors in NF4, and prints each before and after.
 Each line is built on a fresh copy of the model; windows of `--text` are never calibrated on.
 """
 
@@ -31,7 +32,8 @@ from typing import Any
 sys.path.remove(str(Path(__file__).resolve().parent))
 
 METHODS = ("svd", "asvd", "whitened", "sequential", "weighted", "allocated")
-REPAIRS = ("nearest", "in metric", "rank 8 nf4", "rank 16 bf16", "rank 32 bf16", "rank 64 bf16")
+REPAIRS = ("nearest", "in metric", "rank 8 nf4", "rank 16 nf4", "rank 16 bf16", "rank 32 bf16", "rank 64 bf16")
+HEALED = ("rank 8 nf4", "rank 16 nf4")
 
 
 def main() -> None:
@@ -45,7 +47,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=48)
     parser.add_argument("--eval-windows", type=int, default=24)
     parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--heal", type=int, default=0, help="steps of healing after the last method")
+    parser.add_argument("--heal", type=int, default=0, help="steps of healing of the last method and the repairs in NF4")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     bench = Bench(options)
@@ -55,9 +57,15 @@ def main() -> None:
         for method in options.methods.split(","):
             rows.append(bench.low_rank(method, ratio))
             print_row(rows[-1])
+        if options.heal:
+            rows.append(bench.healed(rows[-1]))
+            print_row(rows[-1])
     for line in REPAIRS if options.four_bit else ():
         rows.append(bench.four_bit(line))
         print_row(rows[-1])
+        if options.heal and line in HEALED:
+            rows.append(bench.healed(rows[-1]))
+            print_row(rows[-1])
     if options.json:
         sys.path.insert(0, str(Path(__file__).resolve().parent))
         from common import describe_machine, write_json
@@ -92,6 +100,13 @@ class Bench:
         self.texts = read_texts(settings, self.model, tokenizer)
         self.weighted = weighted_groups(self.model, self.texts.calibration)
         self.facts: Any = None
+        self.teacher: Any = None
+        if options.heal:
+            from luthier.compression.heal import healing_packs, teacher_of
+
+            width = self.model.config.hidden_size
+            packs = healing_packs(self.texts.calibration, self.texts.healing, options.heal, width)
+            self.teacher = teacher_of(self.model, packs)
 
     def fresh(self) -> None:
         from luthier.models.load import load
@@ -101,11 +116,22 @@ class Bench:
         self.model = load(self.options.model, base="bf16", offline=True).model
 
     def row(self, line: str, removed: float, make: Any) -> dict[str, Any]:
+        """A line on a fresh copy of the model."""
+        if self.model is None or line != "original":
+            self.fresh()
+        return self.measured(line, removed, make)
+
+    def healed(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The line after the one that was measured last, its model trained."""
+        from luthier.compression.heal import heal
+
+        steps = self.options.heal
+        return self.measured(f"{row['line']}, {steps} steps", row["removed"], lambda: heal(self.model, self.teacher, steps))
+
+    def measured(self, line: str, removed: float, make: Any) -> dict[str, Any]:
         from luthier.calibration.sensitivity import mean_loss
         from luthier.models.compressed_folder import stored_bytes
 
-        if self.model is None or line != "original":
-            self.fresh()
         start = time.perf_counter()
         make()
         seconds = time.perf_counter() - start
@@ -178,16 +204,7 @@ class Bench:
         plan = {name: Spec("low-rank", "", rank, "bf16") for name, rank in ranks.items()}
         if method == "allocated":
             plan = self.allocated(ratio)
-        teacher = None
-        if self.options.heal and method == "allocated":
-            from luthier.compression.heal import teacher_of
-
-            teacher = teacher_of(self.model, self.texts.calibration)
         build(self.model, self.texts.calibration, groups, plan, {})
-        if teacher is not None:
-            from luthier.compression.heal import heal
-
-            heal(self.model, teacher, self.texts.calibration, self.options.heal)
 
     def allocated(self, ratio: float) -> dict[str, Any]:
         from luthier.compression.candidates import Prober
