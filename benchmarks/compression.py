@@ -14,7 +14,8 @@ that stands before it except where it says otherwise:
     weighted     tokens weighed by how much the loss feels them
     allocated    ranks given to where the loss feels them, by the knapsack
 
-4-bit lines: NF4 at nearest codes, rounded in the metric, and repaired with factors of rank 8 to 64. --bits-average: all linear
+4-bit lines: NF4 at nearest codes, rounded in the metric, and repaired with factors of rank 8 to 64. `--heal` trains the last
+method of each ratio, and NF4 repaired with factors in NF4, and prints each before and after. --bits-average: all linear
 layers in so many bits a weight, by the allocator with every storage there is, and in one storage throughout.
 Each line is built on a fresh copy of the model and calibrated on the same windows; those of `--text` are never calibrated on.
 --json keeps what is in FILE from earlier runs, so that the table can be made in parts; --plot draws what is in it.
@@ -37,7 +38,8 @@ sys.path.remove(str(Path(__file__).resolve().parent))
 
 METHODS = ("svd", "asvd", "whitened", "sequential", "weighted", "allocated")
 AVERAGES = ("allocated", "low rank nf4", "low rank bf16")
-REPAIRS = ("nearest", "in metric", "rank 8 nf4", "rank 16 bf16", "rank 32 bf16", "rank 64 bf16")
+REPAIRS = ("nearest", "in metric", "rank 8 nf4", "rank 16 nf4", "rank 16 bf16", "rank 32 bf16", "rank 64 bf16")
+HEALED = ("rank 8 nf4", "rank 16 nf4")
 
 
 def main() -> None:
@@ -52,7 +54,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=48)
     parser.add_argument("--eval-windows", type=int, default=24)
     parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--heal", type=int, default=0, help="steps of healing after the last method")
+    parser.add_argument("--heal", type=int, default=0, help="steps of healing of the last method and the repairs in NF4")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help="perplexity over ratio, of all that is in --json")
     options = parser.parse_args()
@@ -76,11 +78,16 @@ def main() -> None:
 def lines(bench: Bench, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The rows of the table, each as soon as it is measured. A method's decompositions serve all its ratios."""
     yield bench.row("original", 0, lambda: None)
-    for method in [one for one in options.methods.split(",") if one]:
+    methods = [one for one in options.methods.split(",") if one]
+    for method in methods:
         for ratio in options.ratios:
-            yield bench.low_rank(method, ratio)
+            yield (row := bench.low_rank(method, ratio))
+            if options.heal and method == methods[-1]:
+                yield bench.healed(row)
     for line in REPAIRS if options.four_bit else ():
-        yield bench.four_bit(line)
+        yield (row := bench.four_bit(line))
+        if options.heal and line in HEALED:
+            yield bench.healed(row)
     for line in AVERAGES if options.bits_average else ():
         yield bench.average(line, options.bits_average)
 
@@ -118,6 +125,13 @@ class Bench:
         )  # fmt: skip
         self.texts = read_texts(settings, self.model, loaded.tokenizer)
         self.weighted = weighted_groups(self.model, self.texts.calibration)
+        self.teacher: Any = None
+        if options.heal:
+            from luthier.compression.heal import healing_packs, teacher_of
+
+            width = self.model.config.hidden_size
+            packs = healing_packs(self.texts.calibration, self.texts.healing, options.heal, width)
+            self.teacher = teacher_of(self.model, packs)
         self.probers: dict[str, Any] = {}
         self.made: dict[str, dict[float, dict[str, Any]]] = {}
 
@@ -129,12 +143,23 @@ class Bench:
         self.model = load(self.options.model, base="bf16", offline=True).model
 
     def row(self, line: str, removed: float, make: Any) -> dict[str, Any]:
+        """A line on a fresh copy of the model."""
+        if self.model is None or line != "original":
+            self.fresh()
+        return self.measured(line, removed, make)
+
+    def healed(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The line after the one that was measured last, its model trained."""
+        from luthier.compression.heal import heal
+
+        steps = self.options.heal
+        return self.measured(f"{row['line']}, {steps} steps", row["removed"], lambda: heal(self.model, self.teacher, steps))
+
+    def measured(self, line: str, removed: float, make: Any) -> dict[str, Any]:
         from luthier.calibration.inputs import linear_layers
         from luthier.calibration.sensitivity import mean_loss
         from luthier.models.compressed_folder import stored_bytes
 
-        if self.model is None or line != "original":
-            self.fresh()
         start = time.perf_counter()
         make()
         seconds = time.perf_counter() - start

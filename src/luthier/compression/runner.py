@@ -14,7 +14,7 @@ import torch
 from luthier.calibration.sensitivity import mean_loss
 from luthier.compression.build import build
 from luthier.compression.candidates import LayerFacts, Prober
-from luthier.compression.heal import Teacher, heal, teacher_of
+from luthier.compression.heal import Teacher, heal, healing_packs, teacher_of
 from luthier.compression.measure import Windows, cost_of, measure_windows, quality_of
 from luthier.compression.planning import Plan, Table, allocated_plan, fixed_bytes, nf4_plan, tables_of, uniform_plan
 from luthier.compression.report import Candidate, Report, write_report
@@ -106,7 +106,7 @@ def _run(settings: CompressSettings, stage: Path, progress: Progress | None) -> 
     prober.measure()
     tables = tables_of(model, texts.validation, prober, progress)
     plans = _plans(prober, tables, budget - fixed_bytes(model), heals=settings.heal > 0)
-    teacher = teacher_of(model, texts.calibration) if settings.heal else None
+    teacher = _teacher(model, texts, settings.heal) if settings.heal else None
     job = _Job(settings, stage, progress, sixteen, texts, groups, prober.facts, tables, budget, original, teacher, notes)
     notes += [*loaded.notes, *texts.notes]
     candidates = [before, _build(job, loaded, plans[0])]
@@ -153,6 +153,11 @@ def _load_dense(settings: CompressSettings, progress: Progress | None) -> tuple[
             "original of this report is the model in 16 bits."
         )
     return load(settings.model, base=sixteen, offline=settings.offline, progress=progress), sixteen, notes
+
+
+def _teacher(model: Any, texts: Texts, steps: int) -> Teacher:
+    width = model.config.get_text_config().hidden_size
+    return teacher_of(model, healing_packs(texts.calibration, texts.healing, steps, width))
 
 
 def _mean(model: Any, texts: Texts) -> float:
@@ -210,16 +215,14 @@ def _fitting(candidates: list[Candidate], budget: int, bits: str) -> list[Candid
 def _finish(job: _Job, fitting: list[Candidate]) -> tuple[Candidate, str]:
     """The result and its form, its files where they are to be. fitting: the best first.
 
-    Healing is tried on the best that has factors, and kept where that is then the best of all.
+    Healing is tried on the best that has factors, else on the best, and kept where that is then the best of all.
     """
     best = fitting[0]
-    factored = next((one for one in fitting if one.plan is not None and _has_factors(one.plan)), None)
-    if job.teacher is not None and factored is not None:
-        healed = _healed(job, job.teacher, factored, best)
+    if job.teacher is not None:
+        candidate = next((one for one in fitting if one.plan is not None and _has_factors(one.plan)), best)
+        healed = _healed(job, job.teacher, candidate, best)
         if healed is not None:
-            return factored, healed
-    elif job.teacher is not None:
-        job.notes.append("Nothing was healed: no plan with factors to train fits this budget.")
+            return candidate, healed
     assert best.folder is not None
     for path in sorted(best.folder.iterdir()):
         shutil.move(path, job.stage / path.name)
@@ -231,7 +234,7 @@ def _healed(job: _Job, teacher: Teacher, candidate: Candidate, best: Candidate) 
     loaded = load(str(candidate.folder))
     model = loaded.model
     settings = job.settings
-    heal(model, teacher, job.texts.calibration, settings.heal, seed=settings.seed, progress=job.say("healing"))
+    heal(model, teacher, settings.heal, seed=settings.seed, progress=job.say("healing"))
     before, after = candidate.validation_loss, _mean(model, job.texts)
     if after >= best.validation_loss:
         job.notes.append(
