@@ -1,7 +1,8 @@
 """Low rank at several ratios by several methods, and 4 bits with and without repair: perplexity of each.
 
     python benchmarks/compression.py --data c4.jsonl --text test.raw [--model M] [--ratios 10,20,40,60] [--methods ...]
-                                     [--windows 48] [--eval-windows 24] [--heal STEPS] [--json FILE]
+                                     [--four-bit] [--bits-average 3] [--windows 48] [--eval-windows 24] [--heal STEPS]
+                                     [--json FILE] [--plot FILE.svg]
 
 A ratio is the share of the linear layers' numbers that is removed; head and embedding stay in 16 bits. Methods, each with all
 that stands before it except where it says otherwise:
@@ -13,17 +14,22 @@ that stands before it except where it says otherwise:
     weighted     tokens weighed by how much the loss feels them
     allocated    ranks given to where the loss feels them, by the knapsack
 
-4-bit lines: NF4 at nearest codes, rounded in the metric, and repaired with factors of rank 8 to 64.
-Each line is built on a fresh copy of the model; windows of `--text` are never calibrated on.
+4-bit lines: NF4 at nearest codes, rounded in the metric, and repaired with factors of rank 8 to 64. `--heal` trains the last
+method of each ratio, and NF4 repaired with factors in NF4, and prints each before and after. --bits-average: all linear
+layers in so many bits a weight, by the allocator with every storage there is, and in one storage throughout.
+Each line is built on a fresh copy of the model and calibrated on the same windows; those of `--text` are never calibrated on.
+--json keeps what is in FILE from earlier runs, so that the table can be made in parts; --plot draws what is in it.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import math
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +37,9 @@ from typing import Any
 sys.path.remove(str(Path(__file__).resolve().parent))
 
 METHODS = ("svd", "asvd", "whitened", "sequential", "weighted", "allocated")
-REPAIRS = ("nearest", "in metric", "rank 8 nf4", "rank 16 bf16", "rank 32 bf16", "rank 64 bf16")
+AVERAGES = ("allocated", "low rank nf4", "low rank bf16")
+REPAIRS = ("nearest", "in metric", "rank 8 nf4", "rank 16 nf4", "rank 16 bf16", "rank 32 bf16", "rank 64 bf16")
+HEALED = ("rank 8 nf4", "rank 16 nf4")
 
 
 def main() -> None:
@@ -42,32 +50,58 @@ def main() -> None:
     parser.add_argument("--ratios", default="10,20,40,60", help="per cent of the linear layers' numbers removed")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--four-bit", action="store_true", help="the 4-bit lines too")
+    parser.add_argument("--bits-average", type=float, help="lines for so many bits a weight of the linear layers")
     parser.add_argument("--windows", type=int, default=48)
     parser.add_argument("--eval-windows", type=int, default=24)
     parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--heal", type=int, default=0, help="steps of healing after the last method")
+    parser.add_argument("--heal", type=int, default=0, help="steps of healing of the last method and the repairs in NF4")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, help="perplexity over ratio, of all that is in --json")
     options = parser.parse_args()
-    bench = Bench(options)
-    rows = [bench.row("original", 0, lambda: None)]
-    print_row(rows[-1])
-    for ratio in [float(one) / 100 for one in options.ratios.split(",") if one]:
-        for method in options.methods.split(","):
-            rows.append(bench.low_rank(method, ratio))
-            print_row(rows[-1])
-    for line in REPAIRS if options.four_bit else ():
-        rows.append(bench.four_bit(line))
-        print_row(rows[-1])
+    options.ratios = [float(one) / 100 for one in options.ratios.split(",") if one]
+    rows = []
+    for row in lines(Bench(options), options):
+        print_row(row)
+        rows.append(row)
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
     if options.json:
-        sys.path.insert(0, str(Path(__file__).resolve().parent))
         from common import describe_machine, write_json
 
+        rows = merged(options.json, rows)
         write_json(options.json, {"benchmark": "compression", "environment": describe_machine(), "rows": rows})
+    if options.plot:
+        from compression_plot import write_plot
+
+        write_plot(options.plot, rows)
+
+
+def lines(bench: Bench, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The rows of the table, each as soon as it is measured. A method's decompositions serve all its ratios."""
+    yield bench.row("original", 0, lambda: None)
+    methods = [one for one in options.methods.split(",") if one]
+    for method in methods:
+        for ratio in options.ratios:
+            yield (row := bench.low_rank(method, ratio))
+            if options.heal and method == methods[-1]:
+                yield bench.healed(row)
+    for line in REPAIRS if options.four_bit else ():
+        yield (row := bench.four_bit(line))
+        if options.heal and line in HEALED:
+            yield bench.healed(row)
+    for line in AVERAGES if options.bits_average else ():
+        yield bench.average(line, options.bits_average)
+
+
+def merged(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of an earlier run, those that were measured anew in their places, others behind them."""
+    earlier = json.loads(path.read_text())["rows"] if path.exists() else []
+    found = {(row["line"], row["removed"]): row for row in [*earlier, *rows]}
+    return list(found.values())
 
 
 def print_row(row: dict[str, Any]) -> None:
     print(
-        f"{row['line']:28s} {100 * row['removed']:5.1f} % removed  {row['size_bytes'] / 1e6:7.1f} MB  "
+        f"{row['line']:34s} {100 * row['removed']:5.1f} % removed  {row['bits']:5.2f} bits  {row['size_bytes'] / 1e6:7.1f} MB  "
         f"perplexity {row['perplexity']:10.2f}  {row['seconds']:6.1f} s",
         flush=True,
     )
@@ -83,15 +117,23 @@ class Bench:
         from luthier.models.load import load
 
         self.options = options
-        self.model = load(options.model, base="bf16", offline=True).model
-        tokenizer = load(options.model, base="bf16", offline=True).tokenizer
+        loaded = load(options.model, base="bf16", offline=True)
+        self.model: Any = loaded.model
         settings = CompressSettings(
             options.model, Budget.parse("100%"), Path("nowhere"), options.data, options.text,
             windows=options.windows, window=options.window, eval_windows=options.eval_windows, offline=True,
         )  # fmt: skip
-        self.texts = read_texts(settings, self.model, tokenizer)
+        self.texts = read_texts(settings, self.model, loaded.tokenizer)
         self.weighted = weighted_groups(self.model, self.texts.calibration)
-        self.facts: Any = None
+        self.teacher: Any = None
+        if options.heal:
+            from luthier.compression.heal import healing_packs, teacher_of
+
+            width = self.model.config.hidden_size
+            packs = healing_packs(self.texts.calibration, self.texts.healing, options.heal, width)
+            self.teacher = teacher_of(self.model, packs)
+        self.probers: dict[str, Any] = {}
+        self.made: dict[str, dict[float, dict[str, Any]]] = {}
 
     def fresh(self) -> None:
         from luthier.models.load import load
@@ -101,46 +143,80 @@ class Bench:
         self.model = load(self.options.model, base="bf16", offline=True).model
 
     def row(self, line: str, removed: float, make: Any) -> dict[str, Any]:
+        """A line on a fresh copy of the model."""
+        if self.model is None or line != "original":
+            self.fresh()
+        return self.measured(line, removed, make)
+
+    def healed(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The line after the one that was measured last, its model trained."""
+        from luthier.compression.heal import heal
+
+        steps = self.options.heal
+        return self.measured(f"{row['line']}, {steps} steps", row["removed"], lambda: heal(self.model, self.teacher, steps))
+
+    def measured(self, line: str, removed: float, make: Any) -> dict[str, Any]:
+        from luthier.calibration.inputs import linear_layers
         from luthier.calibration.sensitivity import mean_loss
         from luthier.models.compressed_folder import stored_bytes
 
-        if self.model is None or line != "original":
-            self.fresh()
         start = time.perf_counter()
         make()
         seconds = time.perf_counter() - start
         loss = mean_loss(self.model, self.texts.evaluation)
-        size_bytes = stored_bytes(self.model)
+        matrices = [layer.matrix for layer in linear_layers(self.model, None).values()]
+        bits = 8 * sum(one.size_bytes for one in matrices) / sum(one.shape[0] * one.shape[1] for one in matrices)
         return {
-            "line": line, "removed": removed, "size_bytes": size_bytes, "loss": loss, "perplexity": math.exp(loss),
-            "seconds": seconds,
+            "line": line, "removed": removed, "bits": bits, "size_bytes": stored_bytes(self.model), "loss": loss,
+            "perplexity": math.exp(loss), "seconds": seconds,
         }  # fmt: skip
 
     def low_rank(self, method: str, ratio: float) -> dict[str, Any]:
-        makes = {"svd": self.alone, "asvd": self.alone, "whitened": self.whitened}
-        if method in makes:
-            return self.row(method, ratio, lambda: makes[method](method, ratio))
-        return self.row(method, ratio, lambda: self.sequential(method, ratio))
+        make = self.alone if method in ("svd", "asvd", "whitened") else self.sequential
+        return self.row(method, ratio, lambda: make(method, ratio))
 
     def alone(self, method: str, ratio: float) -> None:
-        """Each layer by itself, without what goes into it, or with its mean size alone."""
+        """Each layer by itself, for what the original model's layers are given. Decomposed once for all ratios."""
         from luthier.calibration.inputs import linear_layers
-        from luthier.calibration.moments import collect_moments
+
+        if method not in self.made:
+            self.made = {method: {one: {} for one in self.options.ratios}}
+            self.whitened() if method == "whitened" else self.plain(scaled=method == "asvd")
+        for name, layer in linear_layers(self.model, None).items():
+            layer.matrix = self.made[method][ratio][name]
+
+    def keep(self, method: str, name: str, found: Any) -> None:
+        for ratio, made in self.made[method].items():
+            made[name] = _product(found.factors(_rank((found.B.shape[0], found.A.shape[1]), ratio)))
+
+    def plain(self, scaled: bool) -> None:
+        from luthier.calibration.inputs import linear_layers
         from luthier.lowrank import scaled_svd, truncated_svd
 
-        layers = linear_layers(self.model, None)
-        seen = {}
-        for name in layers if method == "asvd" else ():
-            if name not in seen:  # a pass a layer keeps memory at one layer's moments
-                seen |= collect_moments(self.model, self.texts.calibration[:8], [name])
-                seen[name] = seen[name].mean_abs
-        for name, layer in layers.items():
+        sizes = self.input_sizes() if scaled else {}
+        for name, layer in linear_layers(self.model, None).items():
             W = layer.matrix.dequantize()
-            found = truncated_svd(W) if method == "svd" else scaled_svd(W, seen[name].clamp_min(1e-6).sqrt())
-            layer.matrix = _product(found.factors(_rank(W.shape, ratio)))
+            found = scaled_svd(W, sizes[name].clamp_min(1e-6).sqrt()) if scaled else truncated_svd(W)
+            self.keep("asvd" if scaled else "svd", name, found)
 
-    def whitened(self, _method: str, ratio: float) -> None:
-        """Each layer by the moments of the original model's inputs."""
+    def input_sizes(self) -> dict[str, Any]:
+        """The mean of |x| over all calibration windows for every layer, in one pass."""
+        import torch
+
+        from luthier.calibration.inputs import look_at_inputs
+
+        sizes: dict[str, Any] = {}
+
+        def see(name: str, x: Any) -> None:
+            sizes[name] = sizes.get(name, 0) + x.abs().sum(0, dtype=torch.float64) / tokens
+
+        names = [name for group in self.weighted for name in group.names]
+        tokens = self.texts.calibration_tokens
+        for pack in self.texts.calibration:
+            look_at_inputs(self.model, pack, names, see)
+        return sizes
+
+    def whitened(self) -> None:
         from luthier.calibration.inputs import linear_layers
         from luthier.compression.walk import Seen, walk
         from luthier.lowrank import projected
@@ -148,13 +224,9 @@ class Bench:
         def visit(seen: list[Seen]) -> None:
             layers = linear_layers(self.model, [one.name for one in seen])
             for one in seen:
-                W = layers[one.name].matrix.dequantize()
-                made[one.name] = _product(projected(W, one.metric).factors(_rank(W.shape, ratio)))
+                self.keep("whitened", one.name, projected(layers[one.name].matrix.dequantize(), one.metric))
 
-        made: dict[str, Any] = {}
         walk(self.model, self.texts.calibration, self.unweighted(), visit, changes=False)
-        for name, layer in linear_layers(self.model, list(made)).items():
-            layer.matrix = made[name]
 
     def unweighted(self) -> list[Any]:
         import torch
@@ -167,39 +239,57 @@ class Bench:
         ]
 
     def sequential(self, method: str, ratio: float) -> None:
-        from luthier.calibration.inputs import linear_layers
         from luthier.compression.build import build
-        from luthier.compression.planning import rank_at
-        from luthier.compression.specs import Spec
 
         groups = self.unweighted() if method == "sequential" else self.weighted
-        layers = linear_layers(self.model, None)
-        ranks = {name: int(rank_at(layer.matrix.shape, 1 - ratio)) for name, layer in layers.items()}
-        plan = {name: Spec("low-rank", "", rank, "bf16") for name, rank in ranks.items()}
+        numbers = sum(rows * columns for rows, columns in self.shapes().values())
+        plan = self.even(1 - ratio, "bf16")
         if method == "allocated":
-            plan = self.allocated(ratio)
-        teacher = None
-        if self.options.heal and method == "allocated":
-            from luthier.compression.heal import teacher_of
-
-            teacher = teacher_of(self.model, self.texts.calibration)
+            plan = self.allocated("16", int(2 * numbers * (1 - ratio)))
         build(self.model, self.texts.calibration, groups, plan, {})
-        if teacher is not None:
-            from luthier.compression.heal import heal
 
-            heal(self.model, teacher, self.texts.calibration, self.options.heal)
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        from luthier.calibration.inputs import linear_layers
 
-    def allocated(self, ratio: float) -> dict[str, Any]:
+        return {name: layer.matrix.shape for name, layer in linear_layers(self.model, None).items()}
+
+    def even(self, share: float, factors: str) -> dict[str, Any]:
+        """The same share of every layer's numbers in the pivoted form."""
+        from luthier.compression.specs import Spec, rank_at
+
+        return {name: Spec("low-rank", "", int(rank_at(shape, share)), factors) for name, shape in self.shapes().items()}
+
+    def allocated(self, bits: Any, budget: int) -> dict[str, Any]:
         from luthier.compression.candidates import Prober
-        from luthier.compression.planning import Table, allocated_plan
+        from luthier.compression.planning import allocated_plan
         from luthier.compression.walk import walk
 
-        if self.facts is None:
-            self.facts = Prober(self.model, "16", "bf16", frozenset())
-            walk(self.model, self.texts.calibration, self.weighted, self.facts.visit, changes=False)
-        numbers = sum(one.shape[0] * one.shape[1] for one in self.facts.facts)
-        tables: list[Table] = []
-        return allocated_plan(self.facts.facts, tables, self.facts, int(2 * numbers * (1 - ratio))).layers
+        if bits not in self.probers:
+            prober = Prober(self.model, bits, "bf16", self.weighted, self.texts.validation)
+            walk(self.model, self.texts.calibration, self.weighted, prober.visit, changes=False)
+            prober.measure()
+            for family, probe in prober.probes.items():
+                print(f"  {family}: {probe.measured:.4f} nats measured, {probe.predicted:.4f} predicted", flush=True)
+            self.probers[bits] = prober
+        return allocated_plan(self.probers[bits].facts, [], self.probers[bits], budget).layers
+
+    def average(self, line: str, bits: float) -> dict[str, Any]:
+        """All linear layers in `bits` a weight: what the allocator makes of that, or low rank alone, everywhere alike."""
+        from luthier.compression.build import build
+        from luthier.compression.specs import spec_bytes
+
+        def make() -> None:
+            shapes = self.shapes()
+            budget = int(bits / 8 * sum(rows * columns for rows, columns in shapes.values()))
+            if line == "allocated":
+                plan = self.allocated("auto", budget)
+            else:
+                plans = [self.even(share / 100, line.split()[-1]) for share in range(1, 100)]
+                sizes = [sum(spec_bytes(spec, shapes[name]) for name, spec in plan.items()) for plan in plans]
+                plan = plans[sum(size <= budget for size in sizes) - 1]
+            build(self.model, self.texts.calibration, self.weighted, plan, {})
+
+        return self.row(f"{bits:g} bits, {line}", 0, make)
 
     def four_bit(self, line: str) -> dict[str, Any]:
         from luthier.compression.build import build

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from tiny import write_tiny
 
 from luthier.compression import runner
+from luthier.compression.heal import Teacher, heal
 from luthier.compression.report import Report
 from luthier.compression.runner import compress
 from luthier.compression.settings import Budget, CompressSettings
@@ -89,6 +91,31 @@ def test_the_same_seed_gives_the_same_bytes(model: Path, text: str, tmp_path: Pa
     assert files[0] == files[1]
 
 
+@pytest.mark.parametrize("helps", [True, False])
+def test_healing_is_kept_where_it_makes_the_best_and_stays_within_the_budget(
+    model: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, helps: bool
+) -> None:
+    def train(compressed, teacher: Teacher, steps: int, **options) -> list[float]:
+        assert len(teacher.packs) == len(teacher.hidden) == 30  # more text than the eight windows of calibration
+        compressed.was_healed = True
+        return heal(compressed, teacher, 2, **options)
+
+    def loss(measured, texts) -> float:
+        """As measured, and a nat less or more of what was healed: training a model of random weights does next to nothing."""
+        return mean(measured, texts) + (0 if not hasattr(measured, "was_healed") else -1 if helps else 1)
+
+    mean = runner._mean
+    monkeypatch.setattr(runner, "heal", train)
+    monkeypatch.setattr(runner, "_mean", loss)
+    report = compress(settings(model, tmp_path / "out", text, "50%", bits="4", heal=30))
+    assert weights_bytes(tmp_path / "out") == report.result.size_bytes <= report.budget_bytes
+    allowed = [one for one in report.candidates[1:] if one.size_bytes <= report.budget_bytes]
+    assert report.result.validation_loss == min(one.validation_loss for one in allowed)
+    assert report.result.healed is helps
+    assert any("healing was dropped" in note for note in report.notes) is not helps
+    assert load(str(tmp_path / "out")).model.config.model_type == "llama"
+
+
 def test_without_data_the_model_writes_its_own_text_and_that_is_said(model: Path, tmp_path: Path) -> None:
     report = compress(settings(model, tmp_path / "out", None, windows=12))
     assert report.origin == "text that the model wrote itself"
@@ -100,12 +127,12 @@ def test_calibration_and_evaluation_never_overlap(model: Path, text: str) -> Non
     for evaluation in (None, text):
         texts = read_texts(settings(model, Path("nowhere"), text, eval_data=evaluation), loaded.model, loaded.tokenizer)
         windows = [
-            {tuple(pack.ids.tolist()) for pack in packs} for packs in (texts.calibration, texts.validation, texts.evaluation)
+            {tuple(pack.ids.tolist()) for pack in packs}
+            for packs in (texts.calibration, texts.validation, texts.evaluation, texts.healing)
         ]
         assert all(windows)
-        assert not windows[0] & windows[1]
-        assert not windows[0] & windows[2]
-        assert not windows[1] & windows[2]
+        for one, other in itertools.combinations(windows, 2):
+            assert not one & other
     assert any("are in --eval-data too" in note for note in texts.notes)
 
 

@@ -11,17 +11,13 @@ from tiny import write_tiny
 
 from luthier.adapters.targets import low_rank_layers
 from luthier.calibration.sensitivity import mean_loss
-from luthier.compression import heal as healing
 from luthier.compression.build import build
-from luthier.compression.candidates import Option, Prober, gain_names, layer_options, pruned
-from luthier.compression.heal import heal, teacher_of
+from luthier.compression.candidates import Option, Prober, layer_options, pruned
 from luthier.compression.specs import Spec, part_bytes, spec_bytes, whole
 from luthier.compression.walk import Seen, walk, weighted_groups
 from luthier.data.packing import Pack
-from luthier.errors import ConfigError
 from luthier.evaluation.loss import supervised_loss
-from luthier.linear import LowRankLinear
-from luthier.matrices import FactoredMatrix, stored
+from luthier.matrices import stored
 from luthier.models.blocks import without_blocks
 from luthier.models.load import load
 from luthier.models.modes import inputs_require_grads
@@ -108,10 +104,10 @@ def test_later_groups_see_what_earlier_ones_were_made(folder: Path) -> None:
 def test_what_is_expected_of_options_falls_with_bytes_and_sizes_are_those_of_the_file(folder: Path) -> None:
     model = load(str(folder), base="bf16").model
     groups = weighted_groups(model, packs())
-    prober = Prober(model, "auto", "bf16", gain_names(groups))
+    prober = Prober(model, "auto", "bf16", groups, packs())
     walk(model, packs(), groups, prober.visit, changes=False)
     for facts in prober.facts:
-        options = layer_options(facts, prober)
+        options = layer_options(facts, prober, {"bf16": 0.5, "nf4": 0.5})
         for smaller, larger in itertools.pairwise(options):
             assert smaller.size_bytes < larger.size_bytes
             assert smaller.loss > larger.loss >= 0
@@ -157,55 +153,3 @@ def test_every_spec_is_built_as_it_says(folder: Path, spec: Spec) -> None:
         else:
             assert matrices[0].kind == "nf4"
     assert torch.isfinite(torch.tensor(mean_loss(model, packs())))
-
-
-def compressed(folder: Path, spec: Spec):
-    model = load(str(folder), base="f32").model
-    teacher = teacher_of(model, packs())
-    groups = weighted_groups(model, packs())
-    build(model, packs(), groups, {name: spec for group in groups for name in group.names}, {})
-    return model, teacher
-
-
-@pytest.mark.parametrize("form", ["low-rank", "repair"])
-def test_healing_nears_the_original_and_what_is_merged_is_what_was_trained(
-    folder: Path, form: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, teacher = compressed(folder, Spec(form, "nf4" if form == "repair" else "", 16, "f32"))  # type: ignore[arg-type]
-    monkeypatch.setattr(healing, "DIRECTIONS", 8)
-    kinds = {name: layer.matrix.kind for name, layer in low_rank_layers(model).items()}
-    ids = packs()[0].ids[None]
-    trained = {}
-    merge = healing._merge
-
-    def look(*arguments) -> None:
-        if not trained:
-            with torch.no_grad():
-                trained["logits"] = model(ids).logits
-        merge(*arguments)
-
-    monkeypatch.setattr(healing, "_merge", look)
-    losses = heal(model, teacher, packs(), 30, learning_rate=3e-3)
-    assert losses[-1] < 0.9 * losses[0]
-    with torch.no_grad():
-        torch.testing.assert_close(
-            model(ids).logits, trained["logits"], rtol=0, atol=2e-4 * trained["logits"].abs().max().item()
-        )
-    assert {name: layer.matrix.kind for name, layer in low_rank_layers(model).items()} == kinds
-    assert not any(len(layer.terms) for layer in low_rank_layers(model).values())
-
-
-def test_healing_is_the_same_for_the_same_seed(folder: Path) -> None:
-    found = []
-    for _ in range(2):
-        model, teacher = compressed(folder, Spec("low-rank", "", 16, "bf16"))
-        found.append(heal(model, teacher, packs(), 4, seed=3))
-    assert found[0] == found[1]
-
-
-def test_healing_without_factors_is_refused(folder: Path) -> None:
-    model = load(str(folder)).model
-    with pytest.raises(ConfigError, match="no layer has any at this budget"):
-        heal(model, teacher_of(model, packs()), packs(), 1)
-    assert all(not isinstance(layer.matrix, FactoredMatrix) for layer in low_rank_layers(model).values())
-    assert isinstance(model.get_output_embeddings(), LowRankLinear)

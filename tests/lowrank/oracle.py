@@ -26,8 +26,7 @@ def output_error(W: Tensor, other: Tensor, X: Tensor) -> float:
     return float((X @ (W.to(torch.float64) - other.to(torch.float64)).T).square().sum())
 
 
-def best_error(W: Tensor, X: Tensor, rank: int, root: Tensor | None = None) -> float:
-    """The least sum_t |R (W - W') x_t|^2 over all W' of that rank: what Eckart and Young leave of R W X^T."""
-    outputs = W.to(torch.float64) @ X.T
-    sigma = torch.linalg.svdvals(outputs if root is None else root @ outputs)
+def best_error(W: Tensor, X: Tensor, rank: int) -> float:
+    """The least sum_t |(W - W') x_t|^2 over all W' of that rank: what Eckart and Young leave of W X^T."""
+    sigma = torch.linalg.svdvals(W.to(torch.float64) @ X.T)
     return float(sigma[rank:].square().sum())

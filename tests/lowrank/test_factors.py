@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import generator, layer, output_error
+from oracle import best_error, generator, layer, output_error
 
 from luthier.errors import NumericError, ShapeError
 from luthier.lowrank.decompose import projected
-from luthier.lowrank.factors import PIVOT_BOUND, Factors, _lu_rows, pivoted, rebalanced, refit_left, refit_right, split
+from luthier.lowrank.factors import PIVOT_BOUND, Factors, _lu_rows, pivoted, rebalanced, refit_left, split
 from luthier.matrices import NF4Matrix
 
 
@@ -49,14 +49,26 @@ def test_refits_are_least_squares() -> None:
     oracle = torch.linalg.lstsq(X @ A.double().T, X @ W.double().T).solution.T
     assert torch.allclose(B.double(), oracle, atol=1e-3)
     assert output_error(W, B @ A, X) < output_error(W, rounded.B @ A, X)
-    root = torch.randn(24, 24, generator=generator(2), dtype=torch.float64)
-    fitted = refit_right(W, B, root.T @ root)
-    oracle = torch.linalg.lstsq(root @ B.double(), root @ W.double()).solution
-    assert torch.allclose(fitted.double(), oracle, atol=1e-3)
-    oracle = torch.linalg.lstsq(B.double(), W.double()).solution
-    assert torch.allclose(refit_right(W, B).double(), oracle, atol=1e-3)
-    with pytest.raises(NumericError, match="only where its 8 components differ"):
-        refit_left(W, torch.zeros(8, 40), H)
+
+
+@pytest.mark.parametrize("twins", [1, 3])
+def test_rows_that_no_input_tells_apart_share_what_they_give(twins: int) -> None:
+    """Against the pseudo-inverse of the outputs of A: the optimum still, and of the many that reach it the least."""
+    W, X, H = layer(24, 40, tokens=100)
+    A = projected(W, H).factors(8).A
+    A = torch.cat([A, A[:twins], torch.zeros(1, 40)])
+    scale = 1 / (X @ A.double().T).norm(dim=0)[:-1]
+    B = refit_left(W, A, H)
+    seen = X @ A[:-1].double().T * scale
+    oracle = (torch.linalg.pinv(seen, rcond=1e-7) @ (X @ W.double().T)).T * scale
+    assert torch.allclose(B[:, :-1].double(), oracle, atol=1e-4 * float(oracle.abs().max()))
+    assert torch.equal(B[:, -1], torch.zeros(24))
+    assert torch.allclose(B[:, :twins], B[:, 8 : 8 + twins], rtol=1e-4)
+    assert output_error(W, B @ A, X) == pytest.approx(best_error(W, X, 8), rel=1e-4)
+
+
+def test_without_inputs_a_refit_is_zero() -> None:
+    assert torch.equal(refit_left(torch.ones(3, 5), torch.ones(2, 5), torch.zeros(5, 5)), torch.zeros(3, 2))
 
 
 @pytest.mark.parametrize(("out", "inputs", "rank"), [(40, 24, 12), (24, 40, 23), (30, 30, 30), (16, 50, 1)])

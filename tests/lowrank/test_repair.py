@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from luthier.errors import NumericError, ShapeError
-from luthier.lowrank import eva, loftq, pissa, qera, redistributed_ranks, top_singular
+from luthier.lowrank import eva, loftq, pissa, qera, top_singular
 from luthier.matrices import GGUFMatrix, NF4Matrix
 
 SHAPES = [(48, 80), (80, 48), (64, 64)]
@@ -163,17 +163,6 @@ def test_eva_finds_the_components_that_pefts_finds_in_inputs_of_mean_zero():
     assert torch.allclose((ours @ theirs.T.to(torch.float32)).abs(), torch.eye(6), atol=1e-3)
 
 
-def test_ranks_go_where_there_is_most_to_explain():
-    steep = torch.diag(torch.tensor([100.0, 50.0, 30.0, 1.0, 1.0, 1.0], dtype=torch.float64))
-    flat = torch.eye(6, dtype=torch.float64)
-    seconds = {"steep": steep, "flat": flat, "same": flat}
-    ranks = dict.fromkeys(seconds, 2)
-    # Shares: steep .55 .27 .16 .005 ...; flat .17 each.
-    assert redistributed_ranks(seconds, ranks, 1.0) == ranks
-    assert redistributed_ranks(seconds, ranks, 2.0) == {"steep": 2, "flat": 4, "same": 0}
-    assert sum(redistributed_ranks(seconds, {"steep": 3, "flat": 1, "same": 2}, 2.0).values()) == 6
-
-
 def test_what_does_not_fit_is_refused():
     W = matrix(48, 80)
     with pytest.raises(ShapeError, match=r"rank must be between 1 and min\(m, n\) = 48; got 49"):
@@ -184,7 +173,5 @@ def test_what_does_not_fit_is_refused():
         qera(W, W, moments(48), 4)
     with pytest.raises(ShapeError, match="iterations must be at least 1"):
         loftq(W, 4, nf4, 0)
-    with pytest.raises(ShapeError, match="rho must be at least 1"):
-        redistributed_ranks({}, {}, 0.5)
     with pytest.raises(NumericError, match="must be finite"):
         pissa(W * float("nan"), 4)

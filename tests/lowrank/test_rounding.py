@@ -54,7 +54,7 @@ def test_feedback_is_that_of_the_paper(columns: int) -> None:
 def test_the_error_is_the_sum_that_feedback_lowers_term_by_term() -> None:
     W, X, H = layer(6, 20, tokens=60)
     E = W.double() - grid_of(W).values(grid_of(W).nearest(W)).double()
-    U = rounding._unit_upper(H).double()
+    U = rounding._unit_lower(H).T.double()
     D = torch.linalg.cholesky(H.flip(0, 1)).flip(0, 1).diagonal().square()
     assert torch.allclose(U * D @ U.T, H, atol=1e-5 * float(H.max()))
     assert float((D * (E @ U).square()).sum()) == pytest.approx(output_error(W, W.double() - E, X), rel=1e-4)

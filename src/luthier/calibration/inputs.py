@@ -104,22 +104,38 @@ def look_at_gradients(model: PreTrainedModel, pack: Pack, names: Sequence[str], 
     Memory: beside the pass, the inputs of all layers looked at, until backward has passed them.
     Raises ConfigError for the head, whose logits are never whole.
     """
+
+    def watch(name: str, x: Tensor, output: Tensor) -> None:
+        x = x.detach().reshape(-1, x.shape[-1])
+        output.register_hook(lambda g: see(name, x, g.detach().reshape(-1, g.shape[-1])))
+
+    return _run_backward(model, pack, names, watch)
+
+
+def look_at_output_gradients(model: PreTrainedModel, pack: Pack, names: Sequence[str], see: See) -> float:
+    """As `look_at_gradients` with see(name, g) alone, and without the memory that inputs take."""
+
+    def watch(name: str, _x: Tensor, output: Tensor) -> None:
+        output.register_hook(lambda g: see(name, g.detach().reshape(-1, g.shape[-1])))
+
+    return _run_backward(model, pack, names, watch)
+
+
+def _run_backward(
+    model: PreTrainedModel, pack: Pack, names: Sequence[str], watch: Callable[[str, Tensor, Tensor], None]
+) -> float:
+    """watch(name, input, output) at each layer whose output the loss depends on, then backward; the summed loss."""
     layers = linear_layers(model, names)
     if head_name(model) in layers:
         raise ConfigError("gradients are seen below the head, whose logits are never whole. Leave the head out.")
 
-    def watch(name: str) -> Callable[[Any, tuple[Tensor, ...], Tensor], None]:
-        def hook(_module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if output.requires_grad:
-                x = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
-                output.register_hook(lambda g: see(name, x, g.detach().reshape(-1, g.shape[-1])))
-
-        return hook
+    def hook(name: str) -> Callable[[Any, tuple[Tensor, ...], Tensor], None]:
+        return lambda _module, inputs, output: watch(name, inputs[0], output) if output.requires_grad else None
 
     with (
         evaluation_mode(model),
         heard_by(_nobody),
-        _hooked({name: layer.register_forward_hook(watch(name)) for name, layer in layers.items()}),
+        hooked({name: layer.register_forward_hook(hook(name)) for name, layer in layers.items()}),
         inputs_require_grads(model) as entered,
         torch.enable_grad(),
     ):
@@ -134,7 +150,7 @@ def _run_looking(model: PreTrainedModel, layers: Mapping[str, LowRankLinear], se
         return lambda _module, inputs: see(name, inputs[0])
 
     hooks = {name: layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()}
-    with evaluation_mode(model), heard_by(_nobody), _hooked(hooks), torch.no_grad():
+    with evaluation_mode(model), heard_by(_nobody), hooked(hooks), torch.no_grad():
         try:
             run()
         except _SeenEnough:
@@ -146,7 +162,8 @@ def _nobody(_text: str) -> None:
 
 
 @contextmanager
-def _hooked(handles: Mapping[str, Any]) -> Iterator[None]:
+def hooked(handles: Mapping[str, Any]) -> Iterator[None]:
+    """Within it hooks are on; their handles are removed afterwards, whatever happens."""
     try:
         yield
     finally:

@@ -113,25 +113,36 @@ def measure_sensitivity(
         measured = 0.0
         for sign in (1.0, -1.0):
             shares = {name: sign * (rise * own / total) ** 0.5 for name, own in energies.items()}
-            with _noise(model, shares, metrics, seed):
+            with replaced(model, _noisy(model, shares, metrics, seed)):
                 measured += (mean_loss(model, packs) - base) / 2
         found[group] = Sensitivity(tuple(names), (rise / total) ** 0.5, rise, measured)
     return found
 
 
 @contextmanager
-def _noise(model: PreTrainedModel, shares: Mapping[str, float], metrics: Mapping[str, Tensor], seed: int) -> Iterator[None]:
-    """Within it each layer has W + E, E normal with sqrt(tr(E H E^T)) = |share|, of the share's sign."""
-    layers = linear_layers(model, list(shares))
-    kept: dict[str, Matrix] = {name: layer.matrix for name, layer in layers.items()}
-    generator = torch.Generator().manual_seed(seed)
+def replaced(model: PreTrainedModel, matrices: Mapping[str, Matrix]) -> Iterator[None]:
+    """Within it the layers of these names have these matrices; afterwards, whatever happened, their own again.
+
+    Raises ConfigError for names that are no linear layers.
+    """
+    layers = linear_layers(model, list(matrices))
+    kept = {name: layer.matrix for name, layer in layers.items()}
     try:
         for name, layer in layers.items():
-            W = layer.matrix.dequantize()
-            E = torch.randn(W.shape, generator=generator)
-            size = energy(E, metrics[name]) ** 0.5
-            layer.matrix = DenseMatrix(W + E * (shares[name] / size if size > 0 else 0.0))
+            layer.matrix = matrices[name]
         yield
     finally:
         for name, layer in layers.items():
             layer.matrix = kept[name]
+
+
+def _noisy(model: PreTrainedModel, shares: Mapping[str, float], metrics: Mapping[str, Tensor], seed: int) -> dict[str, Matrix]:
+    """Of each layer W + E, E normal with sqrt(tr(E H E^T)) = |share|, of the share's sign."""
+    generator = torch.Generator().manual_seed(seed)
+    noisy: dict[str, Matrix] = {}
+    for name, layer in linear_layers(model, list(shares)).items():
+        W = layer.matrix.dequantize()
+        E = torch.randn(W.shape, generator=generator)
+        size = energy(E, metrics[name]) ** 0.5
+        noisy[name] = DenseMatrix(W + E * (shares[name] / size if size > 0 else 0.0))
+    return noisy

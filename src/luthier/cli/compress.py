@@ -44,7 +44,12 @@ def compress(
     ] = None,
     heal: Annotated[int, typer.Option("--heal", metavar="STEPS", help="Steps of training on the original's logits.")] = 0,
     bits: Annotated[
-        str, typer.Option("--bits", metavar="BITS", help="16: low rank alone; 4: 4-bit storages alone; auto: all of them.")
+        str,
+        typer.Option(
+            "--bits",
+            metavar="BITS",
+            help="16: low rank alone; 4: 4-bit storages alone, embedding and head in as many bits as fit; auto: all of them.",
+        ),
     ] = "auto",
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of generated text and of healing.")] = 0,
     offline: flags.Offline = False,

@@ -2,36 +2,40 @@
 
 Everything is predicted on the model as it was, from one walk through it. For an error E of a layer with the metric H:
 
-    rounded         g tr(E H E^T), E at nearest codes; g: what rounding in the metric makes of that, measured in one layer
-    repaired        g sum of what rank r drops of E's decomposition
-    low rank        what rank r drops of W's decomposition
-    factors in NF4  besides, 2 e of what the factors keep, e: the relative squared error of NF4 in this layer
+    rounded         f g tr(E H E^T), E at nearest codes; g: what rounding in the metric makes of that, measured in one layer
+    repaired        f g sum of what rank r drops of E's decomposition
+    low rank        d times what rank r drops of W's decomposition
+    factors in NF4  besides, f g 2 e of what the factors keep, e: the relative squared error of NF4 in this layer
+
+f, d: by what the loss rose more than predicted where some layers were rounded in the metric, or cut to a lower rank
+(`probing`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from luthier.calibration.inputs import linear_layers
 from luthier.calibration.sensitivity import energy
+from luthier.compression.build import IN_METRIC, rounded
+from luthier.compression.probing import Family, Probe, Trial, measure_factors, probed_names, truncated
 from luthier.compression.settings import Bits
-from luthier.compression.specs import Spec, spec_bytes, whole
+from luthier.compression.specs import Spec, rank_at, spec_bytes, whole
 from luthier.compression.walk import Group, Seen
+from luthier.data.packing import Pack
 from luthier.errors import NumericError
 from luthier.kernels.storage import GGUF_BLOCKS
-from luthier.lowrank import Choice, projected, round_gguf, round_nf4
+from luthier.lowrank import Choice, projected
 from luthier.matrices import stored
 
 REPAIR_RANKS = (8, 16, 32, 64, 96, 128)
 RANK_STEP = 16
 MOST_OPTIONS = 64
-IN_METRIC = ("nf4", "q4_0", "q4_k")
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Option:
 @dataclass(frozen=True)
 class LayerFacts:
     """One layer on the model as it was. energies: sigma^2 of its decomposition in the metric, falling, in nats; errors: of each
-    kind at nearest codes; repaired: what is left of NF4's error at each rank."""
+    kind that is allowed, and of NF4, at nearest codes; repaired: what is left of NF4's error at each rank."""
 
     name: str
     shape: tuple[int, int]
@@ -61,47 +65,73 @@ class LayerFacts:
     def nf4_error(self) -> float:
         """The relative squared error of NF4."""
         total = self.dropped(0)
-        return self.errors["nf4"] / total if total > 0 and "nf4" in self.errors else 0.0
+        return self.errors["nf4"] / total if total > 0 else 0.0
 
 
 @dataclass
 class Prober:
-    """Visits a walk and collects facts. sixteen: the kind of 16-bit storage; gain_layers: where rounding in the metric is
-    measured against nearest codes; steps: ranks that are tried, every so many."""
+    """Visits a walk that changes nothing and collects facts. sixteen: the kind of 16-bit storage; kept_out: text to measure on
+    what predictions are to be multiplied by."""
 
     model: PreTrainedModel
     bits: Bits
     sixteen: str
-    gain_layers: frozenset[str]
+    groups: InitVar[Sequence[Group]]
+    kept_out: Sequence[Pack]
     facts: list[LayerFacts] = field(default_factory=list)
     gains: dict[tuple[str, str], float] = field(default_factory=dict)
+    probes: dict[Family, Probe] = field(default_factory=dict)
+
+    def __post_init__(self, groups: Sequence[Group]) -> None:
+        self._gain_layers, self._probed = gain_names(groups), probed_names(groups)
+        self._trials: dict[Family, Trial] = {
+            "low rank": Trial(self.model, self.kept_out),
+            "rounded": Trial(self.model, self.kept_out),
+        }
 
     def visit(self, seen: list[Seen]) -> None:
         layers = linear_layers(self.model, [one.name for one in seen])
         self.facts += [self._layer(layers[one.name].matrix.dequantize(), one) for one in seen]
+        for trial in self._trials.values():
+            trial.advance()
+
+    def measure(self) -> None:
+        """Find by what predictions are to be multiplied, after the walk."""
+        self.probes = measure_factors(self.model, self.kept_out, self._trials)
+        self._trials.clear()
 
     def _layer(self, W: Tensor, seen: Seen) -> LayerFacts:
-        metric = seen.metric.to(torch.float32)
-        errors: dict[str, float] = {}
-        repaired: dict[int, float] = {}
-        for kind in rounded_kinds(W.shape[1], self.bits):
-            left = W - stored(W, kind).dequantize()
-            errors[kind] = energy(left, metric)
-            if seen.name in self.gain_layers and kind in IN_METRIC:
-                in_metric = round_nf4(W, seen.metric) if kind == "nf4" else round_gguf(W, seen.metric, kind)
-                gain = ratio(energy(W - in_metric.dequantize(), metric), errors[kind])
-                self.gains[seen.name.rpartition(".")[2], kind] = gain
-            if kind == "nf4":
-                found = projected(left, seen.metric)
-                repaired = {r: found.dropped(r) for r in REPAIR_RANKS if r < found.max_rank / 2}
-        energies = projected(W, seen.metric).energies
-        if not math.isfinite(float(energies.sum())):
+        found, shape = projected(W, seen.metric), (W.shape[0], W.shape[1])
+        if not math.isfinite(float(found.energies.sum())):
             raise NumericError(f"what goes into a layer must be finite; NaN or Inf in {seen.name}. Check the model.")
-        return LayerFacts(seen.name, (W.shape[0], W.shape[1]), energies, errors, repaired)
+        matrices = {kind: stored(W, kind) for kind in dict.fromkeys(["nf4", *rounded_kinds(shape[1], self.bits)])}
+        left = {kind: W - matrix.dequantize() for kind, matrix in matrices.items()}
+        errors = {kind: energy(error, seen.metric) for kind, error in left.items()}
+        repaired: dict[int, float] = {}
+        if self.bits != "16":
+            error = projected(left["nf4"], seen.metric)
+            repaired = {r: error.dropped(r) for r in REPAIR_RANKS if r < error.max_rank / 2}
+            if seen.name in self._gain_layers:
+                self._measure_gains(W, seen, errors)
+        self._trials["low rank"].add(seen.name, *truncated(found, shape))
+        if seen.name in self._probed and self.bits != "16":
+            matrix = rounded(W, seen.metric, "nf4", in_metric=True)
+            self._trials["rounded"].add(seen.name, matrix, energy(W - matrix.dequantize(), seen.metric))
+        return LayerFacts(seen.name, shape, found.energies, errors, repaired)
+
+    def _measure_gains(self, W: Tensor, seen: Seen, errors: dict[str, float]) -> None:
+        for kind in IN_METRIC:
+            if kind in errors:
+                left = W - rounded(W, seen.metric, kind, in_metric=True).dequantize()
+                self.gains[seen.name.rpartition(".")[2], kind] = ratio(energy(left, seen.metric), errors[kind])
 
     def gain(self, name: str, kind: str) -> float:
         """What rounding in the metric leaves of the error at nearest codes, as measured for layers of that name."""
         return self.gains.get((name.rpartition(".")[2], kind), 1.0)
+
+    def factor(self, family: Family) -> float:
+        """By what predictions of that family are multiplied; 1 before anything was measured."""
+        return self.probes[family].factor if family in self.probes else 1.0
 
 
 def ratio(after: float, before: float) -> float:
@@ -117,13 +147,27 @@ def rounded_kinds(columns: int, bits: Bits) -> list[str]:
     return [kind for kind in kinds if kind not in GGUF_BLOCKS or columns % GGUF_BLOCKS[kind][0] == 0]
 
 
-def layer_options(facts: LayerFacts, prober: Prober) -> list[Option]:
-    """The choices of a layer that no other beats in both size and loss, in rising size."""
-    specs = [] if prober.bits == "4" else [whole(prober.sixteen)]
-    specs += [whole(kind) for kind in facts.errors]
-    specs += [Spec("repair", "nf4", rank, factors) for rank in facts.repaired for factors in factor_kinds(prober)]
-    found = [option_of(facts, spec, prober) for spec in specs]
-    return thinned(pruned([*found, *low_rank_options(facts, prober)]), MOST_OPTIONS)
+def layer_options(facts: LayerFacts, prober: Prober, even_shares: Mapping[str, float]) -> list[Option]:
+    """The choices of a layer that no other beats in both size and loss, in rising size.
+
+    even_shares: for each kind of factors the share of its numbers that every layer would keep if all had such factors. Ranks
+    below half of what that gives are left out: predictions err most where they cut most.
+    """
+    found = [option_of(facts, spec, prober) for spec in whole_specs(facts, prober) + repair_specs(facts, prober)]
+    for option in low_rank_options(facts, prober):
+        if 2 * option.spec.rank >= rank_at(facts.shape, min(1.0, even_shares[option.spec.factors])):
+            found.append(option)
+    return thinned(pruned(found or low_rank_options(facts, prober)), MOST_OPTIONS)
+
+
+def whole_specs(facts: LayerFacts, prober: Prober) -> list[Spec]:
+    """The storages without factors that are allowed."""
+    kinds = [] if prober.bits == "4" else [prober.sixteen]
+    return [whole(kind) for kind in [*kinds, *rounded_kinds(facts.shape[1], prober.bits)]]
+
+
+def repair_specs(facts: LayerFacts, prober: Prober) -> list[Spec]:
+    return [Spec("repair", "nf4", rank, factors) for rank in facts.repaired for factors in factor_kinds(prober)]
 
 
 def low_rank_options(facts: LayerFacts, prober: Prober) -> list[Option]:
@@ -137,18 +181,17 @@ def low_rank_options(facts: LayerFacts, prober: Prober) -> list[Option]:
 
 def option_of(facts: LayerFacts, spec: Spec, prober: Prober) -> Option:
     """A layer stored as `spec` says, with what that is expected to cost."""
-    gain = prober.gain(facts.name, "nf4")
+    rounds = prober.factor("rounded") * prober.gain(facts.name, spec.kind or "nf4")
+    in_nf4 = rounds * 2 * facts.nf4_error if spec.factors == "nf4" else 0.0
     loss = 0.0
     if spec.form == "low-rank":
-        loss = facts.dropped(spec.rank)
-        kept = (facts.dropped(0) - loss) if spec.factors == "nf4" else 0.0
-        loss += 2 * gain * facts.nf4_error * kept
+        left = facts.dropped(spec.rank)
+        loss = prober.factor("low rank") * left + in_nf4 * (facts.dropped(0) - left)
     elif spec.form == "repair":
         left = facts.repaired[spec.rank]
-        kept = (facts.errors["nf4"] - left) if spec.factors == "nf4" else 0.0
-        loss = gain * (left + 2 * facts.nf4_error * kept)
+        loss = rounds * left + in_nf4 * (facts.errors["nf4"] - left)
     elif spec.kind in facts.errors:
-        loss = prober.gain(facts.name, spec.kind) * facts.errors[spec.kind]
+        loss = rounds * facts.errors[spec.kind]
     return Option(spec, spec_bytes(spec, facts.shape), max(0.0, loss))
 
 
@@ -173,10 +216,7 @@ def thinned(options: list[Option], most: int) -> list[Option]:
 
 def choices_of(options: Mapping[str, Sequence[Option]]) -> dict[str, list[Choice]]:
     """As the allocation takes them."""
-    return {
-        name: [Choice(one.spec.label, one.size_bytes, one.loss, one.spec.rank or None) for one in own]
-        for name, own in options.items()
-    }
+    return {name: [Choice(one.spec.label, one.size_bytes, one.loss) for one in own] for name, own in options.items()}
 
 
 def gain_names(groups: Sequence[Group]) -> frozenset[str]:

@@ -1,19 +1,17 @@
-"""Healing: the weakest directions of a compressed model's factors are trained to give back the original's next tokens.
-
-The last directions of each factored layer become a low-rank term, the rest stays frozen, and
+"""Healing: what a compressed model stores is trained a little to give back the original's next tokens.
 
     loss = mean over tokens of KL(softmax(logits of the original) | softmax(logits))
 
-is lowered over the calibration text. Then the term goes back into the factors in the same places, so that neither rank nor
-bytes grow; what is trained is rounded to the factors' storage once, at the end. Layers that share a right factor keep it:
-of these the left directions alone are trained.
-Sources: distillation of logits, arXiv:1503.02531; training what a decomposition left, SVD-LLM, arXiv:2403.07378, section 3.3.
+over the calibration text and all the text beside it that nothing is measured on. Factors, norms and biases are trained
+(trained.py); neither rank nor bytes grow.
+Sources: distillation of logits, arXiv:1503.02531; training what a decomposition left, SVD-LLM, arXiv:2403.07378, section 3.3;
+norms of a quantised model, arXiv:2309.02784.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,30 +19,29 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from luthier.adapters.targets import low_rank_layers
-from luthier.compression.build import places_of
+from luthier.compression.trained import Opened, Trained
 from luthier.data.packing import Pack
 from luthier.errors import ConfigError, NumericError
 from luthier.evaluation.loss import predicting_hidden
-from luthier.linear import LowRankLinear, LowRankTerm
-from luthier.lowrank import Factors, pivoted
-from luthier.matrices import FactoredMatrix, stored
-from luthier.matrices.factored import StoredMatrix
+from luthier.linear import LowRankLinear
 from luthier.models.modes import evaluation_mode
 from luthier.models.packed import Head, head_of
 from luthier.progress import Progress
+from luthier.training.optimizer import flushed_denormals
 
-TERM, START = "healing", "healing_start"
-DIRECTIONS = 32
-STEP_WINDOWS = 2
-LEARNING_RATE, WARMUP, CLIP = 5e-4, 0.05, 1.0
+STEP_WINDOWS = 1
+LEARNING_RATE, WARMUP, CLIP, BETAS = 1e-4, 0.05, 1.0, (0.9, 0.99)
 ROWS_AT_ONCE = 128
+# What the original's states over the text of healing may take, unless the calibration text alone takes more.
+STATES_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """The original's states before its head, (S, hidden) bfloat16 for each pack, and that head: its logits without itself."""
+    """The original on the text of healing: its states before its head, (S, hidden) bfloat16 for each pack, and that head, which
+    gives its logits without itself."""
 
+    packs: list[Pack]
     hidden: list[Tensor]
     head: Head
 
@@ -60,123 +57,73 @@ def teacher_of(model: PreTrainedModel, packs: Sequence[Pack]) -> Teacher:
     linear = head.linear
     assert isinstance(linear, LowRankLinear)
     # A layer of its own on the same matrix, which stays when the model's head is replaced.
-    return Teacher(hidden, Head(LowRankLinear(linear.matrix, linear.bias), head.softcap, head.scale))
+    return Teacher(list(packs), hidden, Head(LowRankLinear(linear.matrix, linear.bias), head.softcap, head.scale))
+
+
+def healing_packs(calibration: Sequence[Pack], rest: Sequence[Pack], steps: int, width: int) -> list[Pack]:
+    """The calibration text and, evenly spread, as much of the rest as so many steps see and STATES_BYTES has room for.
+
+    width: of the model's hidden states.
+    """
+    states = sum(pack.supervised_tokens for pack in [*calibration, *rest]) * 2 * width
+    room = STATES_BYTES * (len(calibration) + len(rest)) // max(1, states)
+    more = max(0, min(room, steps * STEP_WINDOWS, len(calibration) + len(rest)) - len(calibration))
+    return [*calibration, *(rest[number * len(rest) // more] for number in range(more))]
 
 
 def heal(
     model: PreTrainedModel,
     teacher: Teacher,
-    packs: Sequence[Pack],
     steps: int,
     *,
     seed: int = 0,
     learning_rate: float = LEARNING_RATE,
     progress: Progress | None = None,
 ) -> list[float]:
-    """Train and merge; the loss of every step. Deterministic for a seed.
+    """Train and store; the loss of every step. The same for the same seed.
 
-    Raises ConfigError where no layer has factors, NumericError where the loss is not finite.
+    A step takes STEP_WINDOWS packs; AdamW, a short rise and half a cosine of the rate, gradients clipped to a norm of CLIP.
+    Memory beside the model: one pack's activations and 16 bytes for a number that is trained. Raises NumericError where the
+    loss is not finite.
     """
-    layers = {name: layer for name, layer in low_rank_layers(model).items() if isinstance(layer, LowRankLinear)}
-    factored = {name: layer for name, layer in layers.items() if isinstance(layer.matrix, FactoredMatrix)}
-    if not factored:
-        raise ConfigError("healing trains the factors of layers, and no layer has any at this budget. Leave --heal out.")
-    shared = _shared_rights(factored)
-    model.requires_grad_(False)
-    for layer in factored.values():
-        _peel(layer, id(layer.matrix.right) in shared)
-    losses = _train(model, teacher, packs, steps, seed, learning_rate, progress)
-    merged: dict[int, StoredMatrix] = {}
-    for layer in factored.values():
-        _merge(layer, merged)
-    return losses
-
-
-def _shared_rights(layers: dict[str, LowRankLinear]) -> set[int]:
-    rights = [id(layer.matrix.right) for layer in layers.values() if isinstance(layer.matrix, FactoredMatrix)]
-    return {right for right in rights if rights.count(right) > 1}
-
-
-def _peel(layer: LowRankLinear, keeps_right: bool) -> None:
-    """Put a term B A on the layer that starts as the last directions, beside a frozen one of - B A as it starts.
-
-    What is stored stays as it is; together the terms add what training changes.
-    """
-    matrix = layer.matrix
-    assert isinstance(matrix, FactoredMatrix)
-    own = min(DIRECTIONS, matrix.rank)
-    factors = _directions(matrix)
-    A, B = factors.A[-own:], factors.B[:, -own:]
-    term = LowRankTerm(A.clone(), B.clone(), 1.0)
-    term.lora_A.requires_grad_(not keeps_right)
-    layer.terms[TERM] = term
-    layer.terms[START] = LowRankTerm(A.clone(), -B, 1.0).requires_grad_(False)
-
-
-def _directions(matrix: FactoredMatrix) -> Factors:
-    """The factors in falling order of their directions: as they are stored, or of a pivoted matrix those of its product."""
-    A, L = matrix.right.dequantize(), matrix.left.dequantize()
-    if matrix.places is None:
-        return Factors(A, L)
-    B = torch.cat([torch.eye(matrix.rank), L])[matrix.places.to(torch.int64)]
-    (outer, upper), (inner, lower) = torch.linalg.qr(B), torch.linalg.qr(A.T)
-    U, sigma, Vt = torch.linalg.svd(upper @ lower.T)
-    root = sigma.sqrt()
-    return Factors(root[:, None] * (Vt @ inner.T), (outer @ U) * root)
-
-
-def _merge(layer: LowRankLinear, merged: dict[int, StoredMatrix]) -> None:
-    """Put the trained directions back in their places. merged: right factors by that of the matrix they come from."""
-    matrix, term = layer.matrix, layer.terms[TERM]
-    assert isinstance(matrix, FactoredMatrix)
-    assert isinstance(term, LowRankTerm)
-    A, B = (factor.clone() for factor in _directions(matrix))
-    keeps_right = torch.equal(A[-term.rank :], term.lora_A.detach())
-    A[-term.rank :], B[:, -term.rank :] = term.lora_A.detach(), term.lora_B.detach()
-    if matrix.places is not None:
-        parts = pivoted(Factors(A, B))
-        left, right = stored(parts.coefficients, matrix.left.kind), stored(parts.basis, matrix.right.kind)
-        layer.matrix = FactoredMatrix(left, right, places=places_of(parts))
-    else:
-        right = matrix.right if keeps_right else merged.setdefault(id(matrix.right), stored(A, matrix.right.kind))
-        layer.matrix = FactoredMatrix(stored(B, matrix.left.kind), right, base=matrix.base)
-    del layer.terms[TERM], layer.terms[START]
-
-
-def _train(
-    model: PreTrainedModel,
-    teacher: Teacher,
-    packs: Sequence[Pack],
-    steps: int,
-    seed: int,
-    learning_rate: float,
-    progress: Progress | None,
-) -> list[float]:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    generator = torch.Generator().manual_seed(seed)
-    order: list[int] = []
-    losses = []
-    head = head_of(model)
-    assert head is not None
-    with evaluation_mode(model):
-        for step in range(steps):
+    opened = Opened(model, seed)
+    groups = [{"params": [one.latent], "rate": one.rate} for one in opened.trained]
+    optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, fused=True)
+    losses: list[float] = []
+    with evaluation_mode(model), flushed_denormals():
+        for step, chosen in zip(range(steps), _order(len(teacher.packs), seed), strict=False):
             if progress is not None:
                 progress("healing", step, steps)
-            while len(order) < STEP_WINDOWS:
-                order += torch.randperm(len(packs), generator=generator).tolist()
-            chosen, order = order[:STEP_WINDOWS], order[STEP_WINDOWS:]
-            tokens = sum(packs[number].supervised_tokens for number in chosen)
-            loss = sum(_backward(model, head, teacher, packs[number], number, tokens) for number in chosen)
+            loss = _backward(model, teacher, chosen)
             if not math.isfinite(loss):
                 raise NumericError(f"healing must stay finite; the loss of step {step + 1} is {loss}. Leave --heal out.")
-            torch.nn.utils.clip_grad_norm_(parameters, CLIP)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * _schedule(step, steps)
-            optimizer.step()
-            optimizer.zero_grad()
+            _step(optimizer, opened.trained, learning_rate * _schedule(step, steps))
             losses.append(loss)
+    opened.close()
     return losses
+
+
+def _order(count: int, seed: int) -> Iterator[list[int]]:
+    """STEP_WINDOWS numbers below `count` at a time: all of them in a drawn order, then in another one, without an end."""
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    while True:
+        while len(order) < STEP_WINDOWS:
+            order += torch.randperm(count, generator=generator).tolist()
+        yield order[:STEP_WINDOWS]
+        order = order[STEP_WINDOWS:]
+
+
+def _step(optimizer: torch.optim.Optimizer, trained: Sequence[Trained], learning_rate: float) -> None:
+    for one in trained:
+        one.take_gradient()
+    torch.nn.utils.clip_grad_norm_([one.latent for one in trained], CLIP)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group["rate"]
+    optimizer.step()
+    optimizer.zero_grad()
+    for one in trained:
+        one.place()
 
 
 def _schedule(step: int, steps: int) -> float:
@@ -187,24 +134,37 @@ def _schedule(step: int, steps: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def _backward(model: PreTrainedModel, head: Head, teacher: Teacher, pack: Pack, number: int, tokens: int) -> float:
-    """Add the gradients of one pack's share of the loss; that share. Logits of ROWS_AT_ONCE tokens at a time."""
-    with torch.enable_grad():
-        hidden = predicting_hidden(model, pack)
+def _backward(model: PreTrainedModel, teacher: Teacher, chosen: Sequence[int]) -> float:
+    """Add the gradients of the loss over the chosen packs; the loss."""
+    head = head_of(model)
+    assert head is not None
+    tokens = sum(teacher.packs[number].supervised_tokens for number in chosen)
+    total = 0.0
+    for number in chosen:
+        with torch.enable_grad():
+            hidden = predicting_hidden(model, teacher.packs[number])
+        gradient, share = _divergence(head, hidden.detach(), teacher.head, teacher.hidden[number])
+        hidden.backward(gradient / tokens)
+        total += share / tokens
+    return total
+
+
+def _divergence(head: Head, hidden: Tensor, known: Head, wanted: Tensor) -> tuple[Tensor, float]:
+    """(gradient to `hidden`, sum of KL(p | q) over rows) for p of the states `wanted` and q of `hidden`, (S, hidden).
+
+    d KL / d logits = q - p. Logits of ROWS_AT_ONCE rows live at a time.
+    """
     gradient = torch.empty_like(hidden)
     total = 0.0
-    wanted = teacher.hidden[number]
     for first in range(0, len(hidden), ROWS_AT_ONCE):
-        part = slice(first, first + ROWS_AT_ONCE)
-        own = hidden[part].detach().requires_grad_()
-        with torch.no_grad():
-            expected = F.log_softmax(teacher.head.logits(wanted[part].to(torch.float32)), 1)
+        rows = slice(first, first + ROWS_AT_ONCE)
         with torch.enable_grad():
-            got = F.log_softmax(head.logits(own), 1)
-            loss = F.kl_div(got, expected, reduction="sum", log_target=True) / tokens
-        loss.backward()
-        assert own.grad is not None
-        gradient[part] = own.grad
-        total += loss.item()
-    hidden.backward(gradient)
-    return total
+            leaf = hidden[rows].requires_grad_()
+            logits = head.logits(leaf)
+        log_q = F.log_softmax(logits.detach(), 1)
+        with torch.no_grad():
+            log_p = F.log_softmax(known.logits(wanted[rows].to(torch.float32)), 1)
+        p = log_p.exp()
+        total += float(torch.dot(p.view(-1), log_p.sub_(log_q).view(-1)))
+        (gradient[rows],) = torch.autograd.grad(logits, leaf, log_q.exp_().sub_(p))
+    return gradient, total

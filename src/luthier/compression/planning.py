@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,8 +19,10 @@ from luthier.compression.candidates import (
     layer_options,
     low_rank_options,
     option_of,
+    repair_specs,
+    whole_specs,
 )
-from luthier.compression.specs import ENTRY_BYTES, Spec, part_bytes, spec_bytes, whole
+from luthier.compression.specs import ENTRY_BYTES, Spec, part_bytes, rank_at, spec_bytes, whole
 from luthier.data.packing import Pack
 from luthier.errors import PreflightError
 from luthier.kernels.storage import GGUF_BLOCKS
@@ -95,10 +96,8 @@ def fixed_bytes(model: PreTrainedModel) -> int:
 
 def allocated_plan(facts: Sequence[LayerFacts], tables: Sequence[Table], prober: Prober, budget: int) -> Plan:
     """The least expected rise within the budget. Raises PreflightError where nothing fits."""
-    options = {one.name: layer_options(one, prober) for one in facts}
-    if prober.bits == "16":
-        even = _even_share(facts, budget, tables)
-        options = {one.name: _floored(one, options[one.name], even) for one in facts}
+    share = _even_shares(facts, tables, prober, budget)
+    options = {one.name: layer_options(one, prober, share) for one in facts}
     for table in tables:
         options[table.name] = _table_options(table)
     _check_fits(options, budget)
@@ -112,24 +111,10 @@ def _table_options(table: Table) -> list[Option]:
     return [Option(whole(kind), part_bytes(kind, *table.shape), rise) for kind, rise in table.rises.items()]
 
 
-def _even_share(facts: Sequence[LayerFacts], budget: int, tables: Sequence[Table]) -> float:
-    """The share of the linear layers' numbers in 16 bits that the budget holds, with the tables at their smallest."""
-    fixed = sum(min(part_bytes(kind, *table.shape) for kind in table.rises) for table in tables)
-    return max(0.0, (budget - fixed) / (2 * sum(one.shape[0] * one.shape[1] for one in facts)))
-
-
-def _floored(facts: LayerFacts, options: list[Option], share: float) -> list[Option]:
-    """Without ranks below half of what an even share gives: predictions err most where they cut most."""
-    even = rank_at(facts.shape, share)
-    kept = [option for option in options if not option.spec.rank or 2 * option.spec.rank >= even]
-    return kept or options
-
-
-def rank_at(shape: tuple[int, int], share: float) -> float:
-    """The rank at which the pivoted form, r (m + n) - r^2 numbers, takes that share of a matrix."""
-    rows, columns = shape
-    total = rows + columns
-    return (total - math.sqrt(max(0.0, total**2 - 4 * share * rows * columns))) / 2
+def _even_shares(facts: Sequence[LayerFacts], tables: Sequence[Table], prober: Prober, budget: int) -> dict[str, float]:
+    """For each kind of factors the share of the layers' numbers that the budget holds in it, tables at their smallest."""
+    left = budget - sum(min(part_bytes(kind, *table.shape) for kind in table.rises) for table in tables)
+    return {kind: max(0.0, left / sum(part_bytes(kind, *one.shape) for one in facts)) for kind in factor_kinds(prober)}
 
 
 def _check_fits(options: dict[str, list[Option]], budget: int) -> None:
@@ -164,11 +149,8 @@ def uniform_plan(
 
 def _families(facts: Sequence[LayerFacts], prober: Prober) -> Iterator[list[Option]]:
     """One option for every layer, of the same form throughout."""
-    kinds = set.intersection(*(set(one.errors) for one in facts))
-    specs = [whole(kind) for kind in sorted(kinds)] + ([whole(prober.sixteen)] if prober.bits != "4" else [])
-    ranks = set.intersection(*(set(one.repaired) for one in facts))
-    specs += [Spec("repair", "nf4", rank, factors) for rank in sorted(ranks) for factors in factor_kinds(prober)]
-    for spec in specs:
+    each = [whole_specs(one, prober) + repair_specs(one, prober) for one in facts]
+    for spec in (spec for spec in each[0] if all(spec in own for own in each)):
         yield [option_of(one, spec, prober) for one in facts]
     for factors in factor_kinds(prober):
         for share in RATIOS:
@@ -183,16 +165,16 @@ def _at_share(facts: LayerFacts, prober: Prober, factors: str, share: float) -> 
     return min(options, key=lambda one: abs(one.spec.rank - rank_at(facts.shape, share)), default=None)
 
 
-def nf4_plan(facts: Sequence[LayerFacts], tables: Sequence[Table], prober: Prober, budget: int) -> Plan:
+def nf4_plan(facts: Sequence[LayerFacts], tables: Sequence[Table], budget: int) -> Plan:
     """Plain NF4 at nearest codes: all linear layers in it, embedding and head in as many bits as the budget leaves.
 
-    Where even the smallest does not fit it is the smallest all the same, for comparison.
+    Where even the smallest does not fit it is the smallest all the same, for comparison. Its rise is predicted without a
+    factor, for those are measured for rounding in the metric.
     """
     layers = {one.name: whole("nf4") for one in facts}
     linear = sum(spec_bytes(layers[one.name], one.shape) for one in facts)
     kinds = sorted(tables[0].rises, key=lambda kind: -part_bytes(kind, *tables[0].shape)) if tables else [""]
     sizes = {kind: linear + sum(part_bytes(kind, *table.shape) for table in tables) for kind in kinds}
     kind = next((kind for kind in kinds if sizes[kind] <= budget), kinds[-1])
-    rise = sum(one.errors.get("nf4", 0.0) for one in facts)
-    rise += sum(table.rises.get(kind, 0.0) for table in tables)
+    rise = sum(one.errors["nf4"] for one in facts) + sum(table.rises.get(kind, 0.0) for table in tables)
     return Plan("plain nf4", layers, {table.name: kind for table in tables}, sizes[kind], rise)

@@ -13,8 +13,8 @@ import torch
 
 from luthier.calibration.sensitivity import mean_loss
 from luthier.compression.build import build
-from luthier.compression.candidates import LayerFacts, Prober, gain_names
-from luthier.compression.heal import Teacher, heal, teacher_of
+from luthier.compression.candidates import LayerFacts, Prober
+from luthier.compression.heal import Teacher, heal, healing_packs, teacher_of
 from luthier.compression.measure import Windows, cost_of, measure_windows, quality_of
 from luthier.compression.planning import Plan, Table, allocated_plan, fixed_bytes, nf4_plan, tables_of, uniform_plan
 from luthier.compression.report import Candidate, Report, write_report
@@ -94,16 +94,19 @@ def _run(settings: CompressSettings, stage: Path, progress: Progress | None) -> 
     model = loaded.model
     numbers = count_numbers(model)
     texts = read_texts(settings, model, loaded.tokenizer, progress)
+    release_free_memory()  # of whole files in tokens, windows are kept
     budget = settings.budget.bytes_of(numbers)
     original = measure_windows(model, texts.evaluation)
     before = Candidate("original", original.mean_loss, _mean(model, texts), 0.0, stored_bytes(model))
     before.quality, before.cost = quality_of(original, original), cost_of(model, texts.evaluation[0].ids)
     groups = weighted_groups(model, texts.calibration, progress)
-    prober = Prober(model, settings.bits, sixteen, gain_names(groups))
+    release_free_memory()
+    prober = Prober(model, settings.bits, sixteen, groups, texts.validation)
     walk(model, texts.calibration, groups, prober.visit, changes=False, progress=progress, stage="trying every layer")
+    prober.measure()
     tables = tables_of(model, texts.validation, prober, progress)
     plans = _plans(prober, tables, budget - fixed_bytes(model), heals=settings.heal > 0)
-    teacher = teacher_of(model, texts.calibration) if settings.heal else None
+    teacher = _teacher(model, texts, settings.heal) if settings.heal else None
     job = _Job(settings, stage, progress, sixteen, texts, groups, prober.facts, tables, budget, original, teacher, notes)
     notes += [*loaded.notes, *texts.notes]
     candidates = [before, _build(job, loaded, plans[0])]
@@ -152,6 +155,11 @@ def _load_dense(settings: CompressSettings, progress: Progress | None) -> tuple[
     return load(settings.model, base=sixteen, offline=settings.offline, progress=progress), sixteen, notes
 
 
+def _teacher(model: Any, texts: Texts, steps: int) -> Teacher:
+    width = model.config.get_text_config().hidden_size
+    return teacher_of(model, healing_packs(texts.calibration, texts.healing, steps, width))
+
+
 def _mean(model: Any, texts: Texts) -> float:
     return mean_loss(model, texts.validation)
 
@@ -168,7 +176,7 @@ def _plans(prober: Prober, tables: list[Table], budget: int, *, heals: bool) -> 
     if heals and not any(_has_factors(plan) for plan in plans):
         factored = uniform_plan(prober.facts, tables, prober, budget, factored=True)
         plans += [] if factored is None else [factored]
-    return [*plans, nf4_plan(prober.facts, tables, prober, budget)]
+    return [*plans, nf4_plan(prober.facts, tables, budget)]
 
 
 def _build(job: _Job, loaded: Loaded, plan: Plan) -> Candidate:
@@ -207,16 +215,14 @@ def _fitting(candidates: list[Candidate], budget: int, bits: str) -> list[Candid
 def _finish(job: _Job, fitting: list[Candidate]) -> tuple[Candidate, str]:
     """The result and its form, its files where they are to be. fitting: the best first.
 
-    Healing is tried on the best that has factors, and kept where that is then the best of all.
+    Healing is tried on the best that has factors, else on the best, and kept where that is then the best of all.
     """
     best = fitting[0]
-    factored = next((one for one in fitting if one.plan is not None and _has_factors(one.plan)), None)
-    if job.teacher is not None and factored is not None:
-        healed = _healed(job, job.teacher, factored, best)
+    if job.teacher is not None:
+        candidate = next((one for one in fitting if one.plan is not None and _has_factors(one.plan)), best)
+        healed = _healed(job, job.teacher, candidate, best)
         if healed is not None:
-            return factored, healed
-    elif job.teacher is not None:
-        job.notes.append("Nothing was healed: no plan with factors to train fits this budget.")
+            return candidate, healed
     assert best.folder is not None
     for path in sorted(best.folder.iterdir()):
         shutil.move(path, job.stage / path.name)
@@ -228,7 +234,7 @@ def _healed(job: _Job, teacher: Teacher, candidate: Candidate, best: Candidate) 
     loaded = load(str(candidate.folder))
     model = loaded.model
     settings = job.settings
-    heal(model, teacher, job.texts.calibration, settings.heal, seed=settings.seed, progress=job.say("healing"))
+    heal(model, teacher, settings.heal, seed=settings.seed, progress=job.say("healing"))
     before, after = candidate.validation_loss, _mean(model, job.texts)
     if after >= best.validation_loss:
         job.notes.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -60,6 +61,13 @@ def spec_bytes(spec: Spec, shape: tuple[int, int]) -> int:
     if spec.form == "low-rank":
         total += PLACE_BYTES * rows + ENTRY_BYTES
     return total
+
+
+def rank_at(shape: tuple[int, int], share: float) -> float:
+    """The rank at which the pivoted form, r (m + n) - r^2 numbers, takes that share of a matrix."""
+    rows, columns = shape
+    total = rows + columns
+    return (total - math.sqrt(max(0.0, total**2 - 4 * share * rows * columns))) / 2
 
 
 def is_dense(spec: Spec) -> bool:

@@ -30,13 +30,15 @@ LEAST_WINDOWS = 4
 @dataclass(frozen=True)
 class Texts:
     """Packs of one window each. calibration: what layers are fitted to; validation: what decides between ways to compress;
-    evaluation: what is reported. origin: where they come from, in words."""
+    evaluation: what is reported; healing: what is left of the calibration text, for training. origin: where they come from, in
+    words."""
 
     calibration: list[Pack]
     validation: list[Pack]
     evaluation: list[Pack]
     origin: str
     notes: list[str] = field(default_factory=list)
+    healing: list[Pack] = field(default_factory=list)
 
     @property
     def calibration_tokens(self) -> int:
@@ -85,7 +87,8 @@ def read_texts(
     else:
         windows, evaluation = _kept_out(windows, EVALUATION_SHARE, settings.eval_windows)
         notes.append(f"Measured on {len(evaluation)} windows of the same text that were kept out of calibration.")
-    windows = _spread(windows, wanted)
+    every, windows = windows, _spread(windows, wanted)
+    rest = _without(every, [*windows, *evaluation])
     calibration, validation = _kept_out(windows, VALIDATION_SHARE, len(windows))
     if len(windows) < LEAST_WINDOWS or not validation or not evaluation:
         raise DataError(
@@ -98,6 +101,7 @@ def read_texts(
         [one.pack() for one in evaluation],
         origin,
         notes,
+        [one.pack() for one in rest],
     )
 
 

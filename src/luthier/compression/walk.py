@@ -12,7 +12,7 @@ layer is reached. Layers that are given one tensor (q, k and v; gate and up) for
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,14 +21,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from luthier.calibration.inputs import linear_layers, look_at_inputs, shared_inputs
+from luthier.calibration.inputs import hooked, linear_layers, look_at_inputs, look_at_output_gradients, shared_inputs
 from luthier.calibration.moments import MomentSum
 from luthier.data.packing import Pack
 from luthier.errors import NumericError, bulleted
-from luthier.evaluation.loss import supervised_loss
-from luthier.models.modes import evaluation_mode, inputs_require_grads
+from luthier.models.modes import evaluation_mode
 from luthier.models.packed import entry_obstacle, packed_inputs, packed_layers
 from luthier.progress import Progress
+from luthier.training.allocator import trim_free_memory
+from luthier.training.recompute import decoder_layers, set_recomputed
 
 
 @dataclass(frozen=True)
@@ -53,47 +54,45 @@ Visit = Callable[[list[Seen]], None]
 def weighted_groups(model: PreTrainedModel, packs: Sequence[Pack], progress: Progress | None = None) -> list[Group]:
     """The groups of all linear layers but the head, in the order they run, with the weights of tokens: a backward pass a pack.
 
-    Raises NumericError where gradients are not finite.
+    Memory: beside the weights the hidden state of one pack at every decoder layer, and what one layer keeps for backward; in
+    families without blocks of their own, what all layers keep. Raises NumericError where gradients are not finite.
     """
     groups = shared_inputs(model)
-    layers = linear_layers(model, [name for group in groups for name in group])
-    felt: dict[str, list[Tensor]] = {name: [] for name in layers}
-    for number, pack in enumerate(packs):
-        if progress is not None:
-            progress("measuring what the loss feels", number, len(packs))
-        for name, squares in _gradient_squares(model, pack, layers).items():
-            felt[name].append(squares)
+    felt: dict[str, list[Tensor]] = {name: [] for group in groups for name in group}
+    with _recomputed(model):
+        for number, pack in enumerate(packs):
+            _report(progress, "measuring what the loss feels", number, len(packs))
+            for name, squares in _gradient_squares(model, pack, list(felt)).items():
+                felt[name].append(squares)
     bad = [name for name, own in felt.items() if not all(bool(weights.isfinite().all()) for weights in own)]
     if bad:
         raise NumericError(f"gradients must be finite; NaN or Inf at the output of:\n{bulleted(bad)}\nCheck the model.")
     return [Group(tuple(names), {name: felt[name] for name in names}) for names in groups]
 
 
-def _gradient_squares(model: PreTrainedModel, pack: Pack, layers: dict[str, Any]) -> dict[str, Tensor]:
-    """|g_t|^2 / out_features at the output of each layer, (T,) float32; 0 where the loss does not depend on it."""
-    found = {name: torch.zeros(pack.tokens) for name in layers}
-
-    def watch(name: str) -> Callable[..., None]:
-        def keep(gradient: Tensor) -> None:
-            squares = gradient.reshape(-1, gradient.shape[-1]).square().mean(1)
-            # The last decoder layer may compute the tokens alone that a loss depends on.
-            found[name][torch.arange(pack.tokens) if len(squares) == pack.tokens else pack.predict.unique()] = squares
-
-        def hook(_module: Any, _inputs: Any, output: Tensor) -> None:
-            if output.requires_grad:
-                output.register_hook(keep)
-
-        return hook
-
-    handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
+@contextmanager
+def _recomputed(model: PreTrainedModel) -> Iterator[None]:
+    """Within it decoder layers keep their inputs alone for backward, in families with blocks of their own."""
+    if entry_obstacle(model) is not None:
+        yield
+        return
+    set_recomputed(model, len(decoder_layers(model)))
     try:
-        with evaluation_mode(model), inputs_require_grads(model) as entered, torch.enable_grad():
-            loss = supervised_loss(model, pack)
-            if loss.requires_grad:
-                loss.backward(inputs=entered)
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
+        set_recomputed(model, 0)
+
+
+def _gradient_squares(model: PreTrainedModel, pack: Pack, names: Sequence[str]) -> dict[str, Tensor]:
+    """|g_t|^2 / out_features at the output of each layer, (T,) float32; 0 where the loss does not depend on it."""
+    found = {name: torch.zeros(pack.tokens) for name in names}
+
+    def see(name: str, gradient: Tensor) -> None:
+        squares = gradient.square().mean(1)
+        # The last decoder layer may compute the tokens alone that a loss depends on.
+        found[name][torch.arange(pack.tokens) if len(squares) == pack.tokens else pack.predict.unique()] = squares
+
+    look_at_output_gradients(model, pack, names, see)
     return found
 
 
@@ -120,7 +119,7 @@ def walk(
             visit(_seen_from_the_beginning(model, packs, group, supervised))
         return
     hidden = [packed_inputs(model, pack.ids, pack.starts, 0) for pack in packs]
-    depth = len(_decoder_layers(model))
+    depth = len(decoder_layers(model))
     for layer, own in enumerate(_by_layer(model, groups)):
         _report(progress, stage, layer, depth)
         for together in [[group] for group in own] if changes else [own]:
@@ -128,6 +127,7 @@ def walk(
                 visit(_seen_in_layer(model, packs, hidden, layer, together, supervised))
         for number, pack in enumerate(packs):
             hidden[number] = packed_layers(model, hidden[number], pack.starts, layer, layer + 1)
+        trim_free_memory()
 
 
 def _report(progress: Progress | None, stage: str, done: int, total: int) -> None:
@@ -135,14 +135,10 @@ def _report(progress: Progress | None, stage: str, done: int, total: int) -> Non
         progress(stage, done, total)
 
 
-def _decoder_layers(model: Any) -> Any:
-    return model.base_model.layers
-
-
 def _by_layer(model: PreTrainedModel, groups: Sequence[Group]) -> Iterator[list[Group]]:
     """The groups of each decoder layer."""
     names = {id(module): name for name, module in model.named_modules()}
-    for layer in _decoder_layers(model):
+    for layer in decoder_layers(model):
         prefix = f"{names[id(layer)]}."
         yield [group for group in groups if group.names[0].startswith(prefix)]
 
@@ -178,17 +174,11 @@ class _Sums:
             self._sums[name].add(x, weights[pack])
 
     def seen(self, supervised: int) -> list[Seen]:
-        return [Seen(name, own.moments().second / (2.0 * supervised)) for name, own in self._sums.items()]
+        return [Seen(name, own.moments().second.div_(2.0 * supervised)) for name, own in self._sums.items()]
 
 
-@contextmanager
-def _looking(layers: Mapping[str, Any], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+def _looking(layers: Mapping[str, Any], see: Callable[[str, Tensor], None]) -> AbstractContextManager[None]:
     def watch(name: str) -> Callable[..., None]:
         return lambda _module, inputs: see(name, inputs[0].detach().reshape(-1, inputs[0].shape[-1]))
 
-    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return hooked({name: layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()})

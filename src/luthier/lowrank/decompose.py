@@ -4,12 +4,12 @@
     scaled     minimises |(W - W') D|_F^2                      ASVD, arXiv:2312.05821: D a diagonal of input sizes
     whitened   minimises tr((W - W') H (W - W')^T)             SVD-LLM, arXiv:2403.07378: H = sum_t x_t x_t^T, so this is
                                                                sum_t |(W - W') x_t|^2, the layer's squared output error
-    projected  minimises tr(G (W - W') H (W - W')^T)           the same without inverting H; G weighs outputs, or is left out
+    projected  the same minimum without inverting H            W' = U U^T W, U: eigenvectors of W H W^T
 
-W: (out_features, in_features); H: (in_features, in_features); G: (out_features, out_features). Moments may be weighted by
-token, divided by the number of tokens, or summed over layers that share an input; all that is needed is that they are
-symmetric and positive semidefinite. Layers that share an input are decomposed together by stacking their rows: they then
-share A (`factors.split`). All is computed in float64 and returned in float32.
+W: (out_features, in_features); H: (in_features, in_features). Moments may be weighted by token, divided by the number of
+tokens, or summed over layers that share an input; all that is needed is that they are symmetric and positive semidefinite.
+Layers that share an input may be decomposed together by stacking their rows: they then share A (`factors.split`). All is
+computed in float64 and returned in float32.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def whitened_svd(weight: Tensor, moments: Tensor, damping: float = 0.0) -> Decom
     energies: what is dropped at rank k is exactly tr((W - W_k) H (W - W_k)^T), with the damping in H.
     Raises NumericError where H is not positive definite: fewer tokens than inputs, or inputs that are always zero.
     """
-    W, H = _matrix(weight), _moments(moments, weight.shape[1], "in_features")
+    W, H = _matrix(weight), _moments(moments, weight.shape[1])
     S, failed = torch.linalg.cholesky_ex(H + damping * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype))
     if int(failed):
         raise NumericError(
@@ -99,26 +99,18 @@ def whitened_svd(weight: Tensor, moments: Tensor, damping: float = 0.0) -> Decom
     return _result(A, U * sigma, sigma.square())
 
 
-def projected(weight: Tensor, moments: Tensor, output_moments: Tensor | None = None) -> Decomposition:
+def projected(weight: Tensor, moments: Tensor) -> Decomposition:
     """The same minimum without an inverse of H: eigh(W H W^T) = U Sigma^2 U^T; B = U, A = U^T W, U orthonormal.
 
-    With G = L L^T (Cholesky): eigh(L^T W H W^T L) = U Sigma^2 U^T; B = L^-T U, A = U^T L^T W. One eigendecomposition, of the
-    smaller side: for more rows than columns L^T W = Q R is taken first, and U = Q eigenvectors(R H R^T).
-    Works for any positive semidefinite H; directions that no input has are last. Raises NumericError where G is not positive
-    definite.
+    One eigendecomposition, of the smaller side: for more rows than columns W = Q R is taken first, and
+    U = Q eigenvectors(R H R^T). Works for any positive semidefinite H; directions that no input has are last.
     """
-    W, H = _matrix(weight), _moments(moments, weight.shape[1], "in_features")
-    L = None if output_moments is None else _root(_moments(output_moments, len(W), "out_features"))
-    seen = W if L is None else L.T @ W
-    Q = None
-    if len(W) > W.shape[1]:
-        Q, seen = torch.linalg.qr(seen)
+    W, H = _matrix(weight), _moments(moments, weight.shape[1])
+    Q, seen = (None, W) if len(W) <= W.shape[1] else torch.linalg.qr(W)
     gram = seen @ H @ seen.T
     energies, U = torch.linalg.eigh((gram + gram.T) / 2)
     energies, U = energies.flip(0).clamp(min=0), U.flip(1)
-    A = U.T @ seen
-    B = U if Q is None else Q @ U
-    return _result(A, B if L is None else torch.linalg.solve_triangular(L.T, B, upper=True), energies)
+    return _result(U.T @ seen, U if Q is None else Q @ U, energies)
 
 
 def stacked(weights: Sequence[Tensor]) -> Tensor:
@@ -147,19 +139,9 @@ def _matrix(weight: Tensor) -> Tensor:
     return weight.detach().to(torch.float64)
 
 
-def _moments(moments: Tensor, size: int, side: str) -> Tensor:
+def _moments(moments: Tensor, size: int) -> Tensor:
     if moments.shape != (size, size):
-        raise ShapeError(f"moments are ({side}, {side}) = ({size}, {size}); got {tuple(moments.shape)}.")
+        raise ShapeError(f"moments are (in_features, in_features) = ({size}, {size}); got {tuple(moments.shape)}.")
     if not bool(moments.isfinite().all()):
         raise NumericError("moments must be finite; they hold NaN or Inf. Check the calibration text and the model.")
     return moments.detach().to(torch.float64)
-
-
-def _root(G: Tensor) -> Tensor:
-    root, failed = torch.linalg.cholesky_ex(G)
-    if int(failed):
-        raise NumericError(
-            f"output moments must be positive definite; these {len(G)} x {len(G)} are not. "
-            "Add a small multiple of the identity to them."
-        )
-    return root

@@ -13,6 +13,8 @@ from luthier.errors import NumericError, ShapeError
 
 # No coefficient of a pivoted factorisation is larger: fewer swaps than for 1, and still of one size for a quantiser.
 PIVOT_BOUND = 2.0
+# Rows are taken to depend on each other where what is left of one beside the others is this small a share of it, squared.
+DEPENDENT = 1e-12
 
 
 class Factors(NamedTuple):
@@ -58,35 +60,33 @@ def split(factors: Factors, sizes: Sequence[int]) -> list[Factors]:
 
 
 def refit_left(weight: Tensor, A: Tensor, moments: Tensor) -> Tensor:
-    """The B that minimises tr((W - B A) H (W - B A)^T) for a given A: W H A^T (A H A^T)^-1.
+    """The B that minimises tr((W - B A) H (W - B A)^T) for a given A: W H A^T (A H A^T)^+.
 
-    For A that was rounded to few bits. weight: (out, in); A: (r, in); moments H: (in, in); -> (out, r) float32, computed in
-    float64. Raises NumericError where A H A^T is singular: A has rows that the inputs cannot tell apart.
+    For A that was rounded to few bits. Where rows of A cannot be told apart by the inputs, many B are as good: then, with the
+    rows of A scaled to A H A^T of diagonal 1, it is that of the least norm, and what those rows have in common is shared out
+    evenly; a row that no input reaches gets 0.
+    weight: (out, in); A: (r, in); moments H: (in, in), positive semidefinite; -> (out, r) float32, computed in float64.
     """
     W, A64, H = weight.to(torch.float64), A.to(torch.float64), moments.to(torch.float64)
     seen = A64 @ H
-    return _solved(seen @ A64.T, seen @ W.T).T.to(torch.float32).contiguous()
-
-
-def refit_right(weight: Tensor, B: Tensor, output_moments: Tensor | None = None) -> Tensor:
-    """The A that minimises tr(G (W - B A) H (W - B A)^T) for a given B, whatever H is: (B^T G B)^-1 B^T G W.
-
-    weight: (out, in); B: (out, r); output_moments G: (out, out) or None for the identity; -> (r, in) float32.
-    Raises NumericError where B^T G B is singular.
-    """
-    W, B64 = weight.to(torch.float64), B.to(torch.float64)
-    seen = B64.T if output_moments is None else B64.T @ output_moments.to(torch.float64)
-    return _solved(seen @ B64, seen @ W).to(torch.float32).contiguous()
+    square = seen @ A64.T
+    sizes = square.diagonal().clamp(min=0).sqrt()
+    scale = torch.where(sizes > 0, 1.0 / sizes, 0.0)
+    B = _solved(square * scale * scale[:, None], (seen @ W.T) * scale[:, None]) * scale[:, None]
+    return B.T.to(torch.float32).contiguous()
 
 
 def _solved(square: Tensor, right: Tensor) -> Tensor:
+    """square^+ right: by Cholesky where the rank is full, else by eigenvectors. square: diagonal of ones, or 0 for a dead row.
+
+    Eigenvalues below DEPENDENT of the largest count as zero, as does a pivot of Cholesky below its root as a sign of them.
+    """
     root, failed = torch.linalg.cholesky_ex(square)
-    if int(failed):
-        raise NumericError(
-            f"a factor can be fitted only where its {square.shape[0]} components differ; {int(failed)} of them at most do. "
-            "Lower the rank."
-        )
-    return torch.cholesky_solve(right, root)
+    if not int(failed) and float(root.diagonal().min()) > DEPENDENT**0.5:
+        return torch.cholesky_solve(right, root)
+    values, vectors = torch.linalg.eigh((square + square.T) / 2)
+    inverse = torch.where(values > DEPENDENT * values[-1], 1.0 / values, 0.0)
+    return vectors @ (inverse[:, None] * (vectors.T @ right))
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +101,15 @@ class Pivoted:
     pivots: Tensor
     basis: Tensor
     coefficients: Tensor
+
+    @property
+    def places(self) -> Tensor:
+        """(out,) int32: of each row its place among the pivots, or behind them among the others."""
+        rank = len(self.pivots)
+        places = torch.empty(rank + len(self.coefficients), dtype=torch.int32)
+        places[self.pivots] = torch.arange(rank, dtype=torch.int32)
+        places[self.others] = torch.arange(rank, len(places), dtype=torch.int32)
+        return places
 
     @property
     def others(self) -> Tensor:

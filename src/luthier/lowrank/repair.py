@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -74,33 +74,6 @@ def eva(second: Tensor, rank: int) -> Tensor:
     """
     vectors, _ = top_eigenvectors(second, rank)
     return vectors.T.to(torch.float32).contiguous()
-
-
-def redistributed_ranks(seconds: Mapping[str, Tensor], ranks: Mapping[str, int], rho: float) -> dict[str, int]:
-    """The same ranks in all, given to where inputs have most variance to explain; a layer may end with 0.
-
-    Each layer's directions, at most rho times its rank and at most in_features, are ordered by the share of the layer's own
-    variance, lambda_j / sum lambda; the largest shares of all layers together get the sum of `ranks`. Equal shares go to
-    the layer named first. seconds: as for `eva`, by layer; ranks: what each would have. Raises ShapeError for a rho below 1.
-    Source: EVA, arXiv:2410.07170, section 3, and its rho.
-    """
-    if not rho >= 1:
-        raise ShapeError(f"rho must be at least 1, which leaves ranks as they are; got {rho}.")
-    shares: list[tuple[float, str]] = []
-    spectra: dict[int, Tensor] = {}
-    for name, second in seconds.items():
-        # Layers that share an input share its moments.
-        if id(second) not in spectra:
-            spectra[id(second)] = torch.linalg.eigvalsh(second.to(torch.float64)).flip(0).clamp_min(0)
-        values = spectra[id(second)]
-        most = min(int(rho * ranks[name]), len(values))
-        shares += [(share, name) for share in (values[:most] / values.sum().clamp_min(1e-300)).tolist()]
-    # Sorting is stable, so that of equal shares the first comes first.
-    chosen = sorted(shares, key=lambda item: -item[0])[: sum(ranks.values())]
-    counted = dict.fromkeys(seconds, 0)
-    for _, name in chosen:
-        counted[name] += 1
-    return counted
 
 
 def _balanced(A: Tensor, B: Tensor) -> Factors:

@@ -101,10 +101,10 @@ def round_in_metric(
     if passes < 1:
         raise ShapeError(f"rounding takes at least one pass; got {passes}.")
     order = moments.diagonal().argsort(descending=True)
-    H = moments[order][:, order]
+    H = moments[order[:, None], order]
     work = _Columns(weight, grid, order)
     if codes is None:
-        _feedback(work, _unit_upper(H).T.contiguous())
+        _feedback(work, _unit_lower(H))
         passes -= 1
     else:
         work.start(codes[:, order])
@@ -143,13 +143,13 @@ class _Columns:
         return self.target[j] - values if self.offset is None else self.target[j] - values + self.offset[j]
 
 
-def _unit_upper(H: Tensor) -> Tensor:
-    """U of H = U D U^T, unit upper triangular, float32: from the Cholesky factor of H read backwards."""
+def _unit_lower(H: Tensor) -> Tensor:
+    """U^T of H = U D U^T, U unit upper triangular, float32: from the Cholesky factor of H read backwards."""
     root, failed = torch.linalg.cholesky_ex(H.to(torch.float64).flip(0, 1))
     if int(failed):
         raise NumericError("rounding needs positive definite moments; these are not. Give them a damping.")
-    upper = root.flip(0, 1)
-    return (upper / upper.diagonal()).to(torch.float32)
+    root /= root.diagonal().clone()  # in place: for a wide layer each copy takes as much as its moments
+    return root.to(torch.float32).T.flip(0, 1).contiguous()
 
 
 def _feedback(work: _Columns, lower: Tensor) -> None:
