@@ -36,7 +36,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def settings(model: Path, out: Path, text: str | None, budget: str = "60%", **more) -> CompressSettings:
-    small = {"windows": 8, "window": 32, "eval_windows": 4}
+    small = {"windows": 8, "window": 32, "eval_windows": 4, "footprints": False}
     return CompressSettings(str(model), Budget.parse(budget), out, data=text, **{**small, **more})
 
 
