@@ -152,7 +152,7 @@ def test_texts_that_are_too_short_are_refused(model: Path, tmp_path: Path) -> No
     (tmp_path / "short.txt").write_text("A few words.")
     with pytest.raises(DataError, match="needs at least 4 windows"):
         compress(settings(model, tmp_path / "out", str(tmp_path / "short.txt")))
-    with pytest.raises(DataError, match="--data must be a text file that can be read; .* is not there"):
+    with pytest.raises(DataError, match=r"--data must be a text file that can be read; .* is not there"):
         compress(settings(model, tmp_path / "out", str(tmp_path / "none.txt")))
 
 

@@ -38,7 +38,7 @@ def compress(
         typer.Option(
             "--eval-data",
             metavar="FILE",
-            help="Text or rows to measure on; none of what is measured is calibrated on. Without it, a part kept out of --data.",
+            help="Text or rows to measure on; what is measured is never calibrated on. Without it, a part kept out of --data.",
             show_default=False,
         ),
     ] = None,

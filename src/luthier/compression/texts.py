@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from luthier.compression.overlap import holding_parts
+from luthier.compression.overlap import RUN, holding_parts
 from luthier.compression.reading import Read, read_file
 from luthier.compression.settings import CompressSettings
 from luthier.compression.tasks import TASK_ROWS, Task, task_of
@@ -92,15 +92,16 @@ def read_texts(
         )
         evaluation = _windows(read, settings.window)
         measured, rest = evaluation[: settings.eval_windows], evaluation[settings.eval_windows :]
-        measured_on, path = read.name, settings.eval_data
+        measured_on, path, goes_on = read.name, settings.eval_data, read.is_plain
         rows = [row for window in (*measured, *rest) for row in window.rows]
     else:
         left, measured = _parted(source, EVALUATION_SHARE, settings.eval_windows)
         source = _Source(source.name, left, source.in_order)
         measured_on, path = f"a part of {source.name} that was kept out of calibration", settings.data or ""
+        goes_on = source.in_order
         rows = [row for window in measured for row in window.rows]
     task, asked = task_of(path, rows, tokenizer, settings.window, offline=settings.offline) if rows else (None, [])
-    held = [*(window.ids for window in measured), *(row.ids for row in asked)]
+    held = [*_texts_of(measured, goes_on), *(row.ids for row in asked)]
     source = _without(source, held, settings.window, measured_on, notes)
     calibration, validation = _divided(source, wanted)
     _check(len(calibration) + len(validation), bool(calibration and validation and measured), settings)
@@ -163,7 +164,7 @@ def _filled(rows: Sequence[Example], length: int) -> list[_Window]:
 def _without(source: _Source, held: list[list[int]], length: int, where: str, notes: list[str]) -> _Source:
     """The source without the rows, or of other texts the windows, that hold a part of `held`; a note counts them."""
     rows = [row for window in source.windows for row in window.rows]
-    texts = [row.ids for row in rows] if rows else [window.ids for window in source.windows]
+    texts = [row.ids for row in rows] if rows else _with_neighbours(source)
     taken = holding_parts(texts, held)
     if not taken.any():
         return source
@@ -179,12 +180,30 @@ def _without(source: _Source, held: list[list[int]], length: int, where: str, no
     return _Source(source.name, windows, source.in_order)
 
 
+def _texts_of(windows: Sequence[_Window], goes_on: bool) -> list[list[int]]:
+    """The texts of windows as they were before they were cut or put together: rows, or one that goes on."""
+    if goes_on:
+        return [[token for window in windows for token in window.ids]]
+    return [ids for window in windows for ids in ([row.ids for row in window.rows] or [window.ids])]
+
+
+def _with_neighbours(source: _Source) -> list[list[int]]:
+    """Each window's tokens; of a text that goes on with those around it that a run through its edge can have."""
+    ids, around = [window.ids for window in source.windows], RUN - 1
+    if not source.in_order:
+        return ids
+    before, after = [[], *ids[:-1]], [*ids[1:], []]
+    return [[*one[-around:], *own, *other[:around]] for one, own, other in zip(before, ids, after, strict=True)]
+
+
 def _divided(source: _Source, wanted: int) -> tuple[list[_Window], list[_Window]]:
     """(calibration, validation) out of `wanted` windows, spread over the source; no window of the first holds a part of the
     second."""
     spread = _Source(source.name, _spread(source.windows, wanted), source.in_order and len(source.windows) <= wanted)
     calibration, validation = _parted(spread, VALIDATION_SHARE, len(spread.windows))
-    taken = holding_parts([one.ids for one in calibration], [one.ids for one in validation])
+    taken = holding_parts(
+        _with_neighbours(_Source(source.name, calibration, spread.in_order)), _texts_of(validation, spread.in_order)
+    )
     return [one for one, is_taken in zip(calibration, taken, strict=True) if not is_taken], validation
 
 
