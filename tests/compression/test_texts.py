@@ -47,6 +47,9 @@ def runs(packs, length: int = RUN) -> set[tuple[int, ...]]:
 def assert_apart(texts: Texts) -> None:
     parts = [runs(packs) for packs in (texts.calibration, texts.validation, texts.evaluation)]
     assert all(parts)
+    assert not runs(texts.healing) & (parts[1] | parts[2])
+    used = {tuple(pack.ids.tolist()) for pack in texts.calibration}
+    assert not used & {tuple(pack.ids.tolist()) for pack in texts.healing}
     assert not parts[0] & parts[1]
     assert not parts[0] & parts[2]
     assert not parts[1] & parts[2]

@@ -11,10 +11,10 @@ import torch
 from transformers import PreTrainedModel
 
 from luthier.adapters.targets import low_rank_layers
-from luthier.compression.candidates import LayerFacts, Prober, layer_options, rounded_kinds
+from luthier.compression.candidates import RANK_STEP, rounded_kinds
 from luthier.compression.reading import check_readable
 from luthier.compression.settings import CompressSettings
-from luthier.compression.specs import part_bytes
+from luthier.compression.specs import Spec, part_bytes, spec_bytes, whole
 from luthier.config import NF4Options, Storage
 from luthier.errors import PreflightError
 from luthier.linear import LowRankEmbedding
@@ -97,10 +97,9 @@ def _origin_notes(weights: WeightSource) -> list[str]:
 
 def _smallest_bytes(model: PreTrainedModel, settings: CompressSettings, sixteen: Storage) -> int:
     """Of all matrices, in the smallest form that --bits leaves each."""
-    prober = Prober(model, settings.bits, sixteen, frozenset())
     head = model.get_output_embeddings()
     total, seen = 0, set[int]()
-    for name, layer in low_rank_layers(model).items():
+    for layer in low_rank_layers(model).values():
         rows, columns = layer.matrix.shape
         if id(layer.matrix) in seen:
             continue
@@ -109,9 +108,16 @@ def _smallest_bytes(model: PreTrainedModel, settings: CompressSettings, sixteen:
         if isinstance(layer, LowRankEmbedding) or layer is head:
             total += min(part_bytes(kind, rows, columns) for kind in (sixteen, *kinds))
         else:
-            facts = LayerFacts(name, (rows, columns), torch.zeros(min(rows, columns)), dict.fromkeys(kinds, 0.0), {})
-            total += min(option.size_bytes for option in layer_options(facts, prober))
+            total += min(spec_bytes(spec, (rows, columns)) for spec in _forms(kinds, min(rows, columns), settings, sixteen))
     return total
+
+
+def _forms(kinds: list[str], full_rank: int, settings: CompressSettings, sixteen: Storage) -> list[Spec]:
+    """The forms of a layer without factors, and with the lowest rank that is tried."""
+    dense = [] if settings.bits == "4" else [sixteen]
+    factors = ["nf4"] if settings.bits == "4" else [sixteen] if settings.bits == "16" else [sixteen, "nf4"]
+    lowest = [Spec("low-rank", "", RANK_STEP, kind) for kind in factors if full_rank > RANK_STEP]
+    return [*(whole(kind) for kind in (*dense, *kinds)), *lowest]
 
 
 def _check_budget(settings: CompressSettings, found: Survey, smallest: int) -> None:

@@ -34,7 +34,8 @@ READ_TIMES = 16
 @dataclass(frozen=True)
 class Texts:
     """Packs of one window each. calibration: what layers are fitted to; validation: what decides between ways to compress;
-    evaluation: what is reported. origin, measured_on: where they come from, in words. task: rows with answers, or None."""
+    evaluation: what is reported; healing: what is left of the calibration text, for training. origin, measured_on: where they
+    come from, in words. task: rows with answers, or None."""
 
     calibration: list[Pack]
     validation: list[Pack]
@@ -43,6 +44,7 @@ class Texts:
     measured_on: str = ""
     task: Task | None = None
     notes: list[str] = field(default_factory=list)
+    healing: list[Pack] = field(default_factory=list)
 
     @property
     def calibration_tokens(self) -> int:
@@ -103,7 +105,7 @@ def read_texts(
     task, asked = task_of(path, rows, tokenizer, settings.window, offline=settings.offline) if rows else (None, [])
     held = [*_texts_of(measured, goes_on), *(row.ids for row in asked)]
     source = _without(source, held, settings.window, measured_on, notes)
-    calibration, validation = _divided(source, wanted)
+    calibration, validation, left = _divided(source, wanted)
     _check(len(calibration) + len(validation), bool(calibration and validation and measured), settings)
     return Texts(
         [one.pack() for one in calibration],
@@ -113,6 +115,7 @@ def read_texts(
         measured_on,
         task,
         [*notes, *([task.note] if task else [])],
+        [one.pack() for one in left],
     )
 
 
@@ -196,15 +199,18 @@ def _with_neighbours(source: _Source) -> list[list[int]]:
     return [[*one[-around:], *own, *other[:around]] for one, own, other in zip(before, ids, after, strict=True)]
 
 
-def _divided(source: _Source, wanted: int) -> tuple[list[_Window], list[_Window]]:
-    """(calibration, validation) out of `wanted` windows, spread over the source; no window of the first holds a part of the
-    second."""
-    spread = _Source(source.name, _spread(source.windows, wanted), source.in_order and len(source.windows) <= wanted)
-    calibration, validation = _parted(spread, VALIDATION_SHARE, len(spread.windows))
-    taken = holding_parts(
-        _with_neighbours(_Source(source.name, calibration, spread.in_order)), _texts_of(validation, spread.in_order)
-    )
-    return [one for one, is_taken in zip(calibration, taken, strict=True) if not is_taken], validation
+def _divided(source: _Source, wanted: int) -> tuple[list[_Window], list[_Window], list[_Window]]:
+    """(calibration, validation, the rest): the first two out of `wanted` windows, spread over the source; only validation holds
+    a part of itself."""
+    spread = _spread(source.windows, wanted)
+    chosen = {id(one) for one in spread}
+    few = _Source(source.name, spread, source.in_order and len(spread) == len(source.windows))
+    calibration, validation = _parted(few, VALIDATION_SHARE, len(spread))
+    texts = _texts_of(validation, few.in_order)
+    taken = holding_parts(_with_neighbours(_Source(source.name, calibration, few.in_order)), texts)
+    around = holding_parts(_with_neighbours(source), texts)
+    rest = [one for one, held in zip(source.windows, around, strict=True) if not held and id(one) not in chosen]
+    return [one for one, held in zip(calibration, taken, strict=True) if not held], validation, rest
 
 
 def _parted(source: _Source, every: int, most: int) -> tuple[list[_Window], list[_Window]]:
