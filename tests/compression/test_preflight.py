@@ -145,6 +145,23 @@ def test_texts_that_are_not_there_are_missed_before_the_model(model: Path, tmp_p
     refused(short, monkeypatch, "needs at least 4 windows", DataError)
 
 
+def test_windows_are_no_longer_than_the_model_has_positions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[CompressSettings] = []
+
+    def stop(one: CompressSettings, *_more: Any) -> None:
+        seen.append(one)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "_run", stop)
+    with pytest.raises(KeyboardInterrupt):
+        compress(settings(write_tiny(tmp_path / "gpt2", "gpt2"), tmp_path / "out"))
+    assert seen[0].window == 256
+    assert survey(settings(tmp_path / "gpt2", tmp_path / "out")).notes == [
+        "Windows have 256 tokens, as many as the model has positions."
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["gpt2"]
+
+
 def test_what_comes_to_stand_at_out_meanwhile_stays_and_is_said(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -268,7 +268,7 @@ def test_a_head_or_embedding_in_factors_is_refused(folder: Path, tmp_path: Path)
 ESCAPE = "\x1b[2J\u202e" + "x" * 500
 
 NAMES = {
-    "layer": lambda c: c["layers"].update({ESCAPE: {"shape": [0, 4], "kind": "nf4", "right_of": None}}),
+    "layer": lambda c: c["layers"].update({ESCAPE: {"shape": [0, 4], "kind": "nf4"}}),
     "stranger": lambda c: c["layers"].update({ESCAPE: {"shape": [4, 4], "kind": "nf4", "right_of": None}}),
     "owner": layer(K, right_of=ESCAPE),
     "kind": layer(Q, kind=ESCAPE[:40]),

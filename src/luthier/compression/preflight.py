@@ -17,6 +17,7 @@ from luthier.compression.settings import CompressSettings
 from luthier.compression.specs import Spec, part_bytes, spec_bytes, whole
 from luthier.config import NF4Options, Storage
 from luthier.errors import PreflightError
+from luthier.generation.generator import position_limit
 from luthier.linear import LowRankEmbedding
 from luthier.matrices import DenseMatrix
 from luthier.models.checkpoint import WeightSource
@@ -39,12 +40,13 @@ PLANS, PLANS_TO_HEAL = 2, 4
 @dataclass(frozen=True)
 class Survey:
     """sixteen: which 16 bits the model is taken in; numbers: of all its weights; own_bytes: as they are stored where it comes
-    from; budget: in bytes."""
+    from; budget: in bytes; window: tokens of a window, as many as were asked for or as the model has positions."""
 
     sixteen: Storage
     numbers: int
     own_bytes: int
     budget: int
+    window: int
     notes: list[str] = field(default_factory=list)
 
 
@@ -71,7 +73,10 @@ def survey(settings: CompressSettings, progress: Progress | None = None) -> Surv
     numbers = sum(parameter.numel() for parameter in model.parameters())
     rest = numbers - sum(rows * columns for rows, columns in shapes.values())
     put_layers(model, lambda _name, rows, columns: DenseMatrix(torch.empty(rows, columns, device="meta")), tied=tied)
-    found = Survey(sixteen, numbers, own + 2 * rest, settings.budget.bytes_of(numbers), _origin_notes(weights))
+    window = min(settings.window, position_limit(model) or settings.window)
+    found = Survey(sixteen, numbers, own + 2 * rest, settings.budget.bytes_of(numbers), window, _origin_notes(weights))
+    if window < settings.window:
+        found.notes.append(f"Windows have {window} tokens, as many as the model has positions.")
     smallest = _smallest_bytes(model, settings, sixteen) + 2 * rest
     _check_budget(settings, found, smallest)
     _check_room(settings, found)

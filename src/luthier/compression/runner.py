@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,7 @@ def compress(settings: CompressSettings, progress: Progress | None = None) -> Re
     began = time.monotonic()
     set_freed_memory_kept(False)
     found = survey(settings, progress)
+    settings = replace(settings, window=found.window)
     try:
         with staged_folder(settings.out, _place) as stage:
             report = _run(settings, found, stage, progress)

@@ -195,7 +195,7 @@ def _with_neighbours(source: _Source) -> list[list[int]]:
     ids, around = [window.ids for window in source.windows], RUN - 1
     if not source.in_order:
         return ids
-    before, after = [[], *ids[:-1]], [*ids[1:], []]
+    before, after = [[], *ids][: len(ids)], [*ids, []][1:]
     return [[*one[-around:], *own, *other[:around]] for one, own, other in zip(before, ids, after, strict=True)]
 
 
