@@ -8,11 +8,13 @@ import pytest
 import torch
 from compressed_tiny import compressed_folder, set_matrix, write_folder
 from gguf import GGUFReader
+from safetensors.torch import load_file
 from tiny import write_tiny
 from transformers import AutoModelForCausalLM
 
 from luthier.adapters.targets import low_rank_layers
 from luthier.compression import runner
+from luthier.compression.planning import fixed_bytes
 from luthier.compression.runner import compress
 from luthier.compression.settings import Budget, CompressSettings
 from luthier.errors import ConfigError
@@ -106,4 +108,7 @@ def nf4_folder(tmp_path: Path) -> Path:
         patch.setattr(runner, "_plans", only_nf4)
         report = compress(settings)
     assert (report.form, report.chosen) == ("bitsandbytes", "plain nf4")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert stored["model.embed_tokens.weight"].dtype == stored["model.norm.weight"].dtype == torch.bfloat16
+    assert report.result.size_bytes <= report.result.plan.size_bytes + fixed_bytes(load(str(tmp_path / "out")).model)
     return tmp_path / "out"

@@ -133,6 +133,20 @@ def test_all_in_nf4_it_is_a_folder_of_bitsandbytes(tmp_path: Path) -> None:
     assert torch.equal(logits(load(str(path)).model), logits(loaded.model))
 
 
+def test_all_in_nf4_with_norms_that_16_bits_do_not_hold_it_keeps_them_and_its_size(tmp_path: Path) -> None:
+    """A folder of bitsandbytes has one dtype for all that is plain: the embedding would be written in 32 bits."""
+    loaded = load(str(write_tiny(tmp_path / "original", "llama", tied=True)), base="bf16")
+    for name, layer in low_rank_layers(loaded.model).items():
+        if isinstance(layer, LowRankLinear) and layer is not loaded.model.get_output_embeddings():
+            set_matrix(loaded.model, name, stored(layer.matrix.dequantize(), "nf4"))
+    path = write_folder(loaded, tmp_path / "nf4")
+    assert (path / DESCRIPTION_FILE).exists()
+    files = load_file(path / WEIGHTS)
+    assert files["model.embed_tokens.weight"].dtype == torch.bfloat16
+    assert files["model.norm.weight"].dtype == torch.float32
+    assert torch.equal(logits(load(str(path)).model), logits(loaded.model))
+
+
 def test_adapters_are_to_be_merged_before_it_is_written(folder: Path, tmp_path: Path) -> None:
     loaded = load(str(folder))
     attach(loaded.model, AdapterSpec(rank=2), seed=0)
