@@ -103,7 +103,7 @@ def read_texts(
         goes_on = source.in_order
         rows = [row for window in measured for row in window.rows]
     task, asked = task_of(path, rows, tokenizer, settings.window, offline=settings.offline) if rows else (None, [])
-    held = [*_texts_of(measured, goes_on), *(row.ids for row in asked)]
+    held = [*_texts_of(measured, goes_on), *(one.ids for one in measured), *(row.ids for row in asked)]
     source = _without(source, held, settings.window, measured_on, notes)
     calibration, validation, left = _divided(source, wanted)
     _check(len(calibration) + len(validation), bool(calibration and validation and measured), settings)
@@ -167,8 +167,10 @@ def _filled(rows: Sequence[Example], length: int) -> list[_Window]:
 def _without(source: _Source, held: list[list[int]], length: int, where: str, notes: list[str]) -> _Source:
     """The source without the rows, or of other texts the windows, that hold a part of `held`; a note counts them."""
     rows = [row for window in source.windows for row in window.rows]
-    texts = [row.ids for row in rows] if rows else _with_neighbours(source)
+    texts = [row.ids for row in rows] if rows else [window.ids for window in source.windows]
     taken = holding_parts(texts, held)
+    if not rows:  # a window that is one of them whole, or through whose edge a part of them runs
+        taken |= holding_parts(_with_neighbours(source), held)
     if not taken.any():
         return source
     what = "rows" if rows else "windows"
@@ -206,9 +208,10 @@ def _divided(source: _Source, wanted: int) -> tuple[list[_Window], list[_Window]
     chosen = {id(one) for one in spread}
     few = _Source(source.name, spread, source.in_order and len(spread) == len(source.windows))
     calibration, validation = _parted(few, VALIDATION_SHARE, len(spread))
-    texts = _texts_of(validation, few.in_order)
-    taken = holding_parts(_with_neighbours(_Source(source.name, calibration, few.in_order)), texts)
-    around = holding_parts(_with_neighbours(source), texts)
+    texts = [*_texts_of(validation, few.in_order), *(one.ids for one in validation)]
+    taken = holding_parts([one.ids for one in calibration], texts)
+    taken |= holding_parts(_with_neighbours(_Source(source.name, calibration, few.in_order)), texts)
+    around = holding_parts(_with_neighbours(source), texts) | holding_parts([one.ids for one in source.windows], texts)
     rest = [one for one, held in zip(source.windows, around, strict=True) if not held and id(one) not in chosen]
     return [one for one, held in zip(calibration, taken, strict=True) if not held], validation, rest
 
