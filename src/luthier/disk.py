@@ -6,18 +6,40 @@ import hashlib
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 # What is being written stands beside its place under a name that begins so; a process that is killed leaves it there.
 STAGING_PREFIX = ".staging-"
+# A file system's clock may stand still for so long: a file written later than this ago may be written again at the same time.
+SETTLED_NS = 2_000_000_000
+_KNOWN_SHA256: dict[tuple[str, int, int, int, int, int], str] = {}
 
 
 def sha256_of(path: Path) -> str:
     """The sha256 of a file's bytes, in hexadecimal, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def known_sha256(path: Path) -> str:
+    """`sha256_of`, read once a process as long as the file is the same: its place, inode, size, and the times of its content
+    and of its entry, of which no program can set the last one. A file changed a moment ago is read every time."""
+    before = _identity(path)
+    if before not in _KNOWN_SHA256:
+        is_settled = time.time_ns() - max(before[-2:]) > SETTLED_NS
+        digest = sha256_of(path)
+        if not is_settled or _identity(path) != before:
+            return digest
+        _KNOWN_SHA256[before] = digest
+    return _KNOWN_SHA256[before]
+
+
+def _identity(path: Path) -> tuple[str, int, int, int, int, int]:
+    about = path.stat()
+    return str(path.resolve()), about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns
 
 
 def flush(path: Path) -> None:

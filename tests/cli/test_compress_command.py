@@ -18,6 +18,12 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
+DOCUMENTED = (
+    *("model", "out", "form", "budget", "budget_bytes", "size_bytes", "chosen", "sentence", "candidates", "layers", "tables"),
+    *("kinds", "calibration", "measured_on", "heal_steps", "peak_rss_bytes", "seconds", "notes"),
+)
+
+
 def ended(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as caught:
         run(arguments)
@@ -34,6 +40,10 @@ def test_compress_prints_its_report_as_json(tmp_path: Path, tiny_llama: Path, te
     assert report["size_bytes"] <= report["budget_bytes"]
     assert report["sentence"].startswith("Ship ")
     assert {"chosen", "candidates", "layers", "tables", "peak_rss_bytes", "seconds", "notes"} <= report.keys()
+    assert set(report) == set(DOCUMENTED)
+    documentation = (Path(__file__).parents[2] / "docs" / "compression.md").read_text()
+    candidate = {key for one in report["candidates"] for key in one}
+    assert all(f"`{key}`" in documentation for key in {*DOCUMENTED, *candidate})
     assert (out / "report.html").is_file()
     assert load(str(out)).model.config.model_type == "llama"
 
@@ -44,8 +54,10 @@ def test_compress_prints_its_report_as_json(tmp_path: Path, tiny_llama: Path, te
         (["--budget", "lots"], 2, "--budget is a share of the model in 16 bits"),
         (["--budget", "50%", "--bits", "3"], 2, "--bits is one of auto, 16, 4"),
         (["--budget", "50%", "--heal", "-1"], 2, "--heal is a number of steps"),
-        (["--budget", "50%", "--data", "nowhere.txt"], 4, "a text file must be readable UTF-8"),
+        (["--budget", "50%", "--data", "nowhere.txt"], 4, "--data must be a text file that can be read"),
+        (["--budget", "50%", "--eval-data", "nowhere.jsonl"], 4, "there is no file nowhere.jsonl"),
         (["--budget", "5%"], 3, "the budget must hold the smallest form of every layer"),
+        (["--budget", "9GB"], 3, "there is nothing to compress"),
     ],
 )
 def test_what_cannot_be_ends_with_its_code_and_leaves_nothing(

@@ -7,15 +7,18 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny import write_tiny
 
 from luthier.compression import runner
 from luthier.compression.heal import Teacher, heal
-from luthier.compression.report import Report
+from luthier.compression.measure import Windows, loss_difference, measure_windows, quality_of
+from luthier.compression.report import Candidate, Report
 from luthier.compression.runner import compress
 from luthier.compression.settings import Budget, CompressSettings
+from luthier.compression.tasks import measure_task
 from luthier.compression.texts import read_texts
 from luthier.errors import ConfigError, DataError, PreflightError
 from luthier.models.load import load
@@ -38,7 +41,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def settings(model: Path, out: Path, text: str | None, budget: str = "60%", **more) -> CompressSettings:
-    small = {"windows": 8, "window": 32, "eval_windows": 4}
+    small = {"windows": 8, "window": 32, "eval_windows": 4, "footprints": False}
     return CompressSettings(str(model), Budget.parse(budget), out, data=text, **{**small, **more})
 
 
@@ -76,6 +79,13 @@ def test_the_report_says_what_was_measured(model: Path, text: str, tmp_path: Pat
     original = content["candidates"][0]["quality"]
     assert original["rise"] == 0
     assert original["agreement"] == 1
+    plain, result = (report.named(name).windows for name in ("plain nf4", report.chosen))
+    if report.chosen != "plain nf4":
+        beside = next(one for one in content["candidates"] if one["name"] == report.chosen)["loss_beside_plain_nf4"]
+        assert beside["difference"] == pytest.approx(result.mean_loss - plain.mean_loss)
+        assert tuple(beside["interval"]) == loss_difference(result, plain)[1]
+    assert content["measured_on"] == "a part of text.txt that was kept out of calibration"
+    assert content["measured_on"] in (tmp_path / "out" / "report.html").read_text()
     assert content["size_bytes"] == weights_bytes(tmp_path / "out")
     assert content["layers"].keys() == report.layers.keys()
     page = (tmp_path / "out" / "report.html").read_text()
@@ -133,7 +143,7 @@ def test_calibration_and_evaluation_never_overlap(model: Path, text: str) -> Non
         assert all(windows)
         for one, other in itertools.combinations(windows, 2):
             assert not one & other
-    assert any("are in --eval-data too" in note for note in texts.notes)
+    assert any("hold text that is in text.txt too" in note for note in texts.notes)
 
 
 def test_rows_that_are_measured_on_are_left_out_of_calibration(model: Path, tmp_path: Path) -> None:
@@ -143,7 +153,7 @@ def test_rows_that_are_measured_on_are_left_out_of_calibration(model: Path, tmp_
     loaded = load(str(model))
     wanted = settings(model, tmp_path / "out", str(tmp_path / "all.jsonl"), eval_data=str(tmp_path / "held.jsonl"))
     texts = read_texts(wanted, loaded.model, loaded.tokenizer)
-    assert "9 rows of --data are in --eval-data too and were left out of calibration." in texts.notes
+    assert "4 of 60 rows of all.jsonl hold text that is in held.jsonl too and were left out of calibration." in texts.notes
     used = {tuple(pack.ids.tolist()) for pack in (*texts.calibration, *texts.validation)}
     assert used
     assert not used & {tuple(pack.ids.tolist()) for pack in texts.evaluation}
@@ -169,7 +179,7 @@ def test_texts_that_are_too_short_are_refused(model: Path, tmp_path: Path) -> No
     (tmp_path / "short.txt").write_text("A few words.")
     with pytest.raises(DataError, match="needs at least 4 windows"):
         compress(settings(model, tmp_path / "out", str(tmp_path / "short.txt")))
-    with pytest.raises(DataError, match="must be readable UTF-8"):
+    with pytest.raises(DataError, match=r"--data must be a text file that can be read; .* is not there"):
         compress(settings(model, tmp_path / "out", str(tmp_path / "none.txt")))
 
 
@@ -195,18 +205,19 @@ def test_budgets_are_shares_of_16_bits_or_bytes() -> None:
     assert Budget.parse("80MB").bytes_of(1) == Budget.parse("80 MB").bytes_of(10**9)
 
 
-def sentence(plain_loss: float, own_loss: float, name: str = "allocated") -> str:
-    from luthier.compression.measure import Quality
-    from luthier.compression.report import Candidate
+NOISE = np.random.default_rng(0).normal(size=24)
 
-    def quality(loss: float) -> Quality:
-        return Quality(2.718**loss, (1.0, 2.0), loss, 0.9, (0.8, 1.0), 0.1, (0.0, 0.2), 4, 100)
 
-    found = [
-        Candidate("original", 1, 1, 0, 1000, quality=quality(1.0)),
-        Candidate("allocated", 1, 1, 0, 400, quality=quality(own_loss)),
-    ]
-    found.append(Candidate("plain nf4", 1, 1, 0, 410, quality=quality(plain_loss)))
+def sentence(plain_loss: float, own_loss: float, name: str = "allocated", plain_bytes: int = 410, noise: float = 0.1) -> str:
+    """Losses of 24 windows of 10 tokens; noise: how far those of plain NF4 lie from the result's, window by window."""
+
+    def candidate(name: str, loss: float, size_bytes: int, noise: float = 0.0) -> Candidate:
+        tokens = np.full(24, 10.0)
+        windows = Windows(tokens * (loss + noise * (NOISE - NOISE.mean())), tokens, [torch.zeros(10)] * 24, tokens / 2)
+        return Candidate(name, loss, loss, 0, size_bytes, quality=quality_of(windows, windows), windows=windows)
+
+    found = [candidate("original", 1.0, 1000), candidate("allocated", own_loss, 400)]
+    found.append(candidate("plain nf4", plain_loss, plain_bytes, noise))
     return Report("m", "50%", 500, "auto", "luthier", found, name, [], {}, {}, "", 1, 0).sentence()
 
 
@@ -214,3 +225,70 @@ def test_where_plain_4_bit_is_better_the_sentence_says_so() -> None:
     assert sentence(plain_loss=2.0, own_loss=1.5).startswith("Ship this result")
     assert sentence(plain_loss=1.4, own_loss=1.5).startswith("Ship plain 4-bit (NF4) instead")
     assert sentence(plain_loss=1.4, own_loss=1.5, name="plain nf4").startswith("Ship plain 4-bit (NF4): ")
+    assert sentence(plain_loss=1.6, own_loss=1.5, plain_bytes=600).endswith("plain 4-bit (NF4) does not fit the budget.")
+
+
+def test_where_the_windows_show_no_difference_the_sentence_says_so() -> None:
+    for plain in (1.49, 1.51):
+        unsure = sentence(plain_loss=plain, own_loss=1.5)
+        assert unsure.startswith("Ship this result, the smaller of two between which 24 windows show no difference: ")
+    assert sentence(plain_loss=1.51, own_loss=1.5, plain_bytes=399).startswith("Ship plain 4-bit (NF4), the smaller of two")
+    # The same distance, the same in every window, is a difference.
+    assert sentence(plain_loss=1.51, own_loss=1.5, noise=0.0).startswith("Ship this result: ")
+    assert sentence(plain_loss=1.49, own_loss=1.5, noise=0.0).startswith("Ship plain 4-bit (NF4) instead")
+
+
+def test_rows_with_answers_give_task_figures_with_paired_intervals(model: Path, text: str, tmp_path: Path) -> None:
+    rows = [json.dumps({"prompt": line, "completion": ("yes", "no")[place % 2]}) for place, line in enumerate(LINES[:24])]
+    (tmp_path / "task.jsonl").write_text("\n".join(rows))
+    held = str(tmp_path / "task.jsonl")
+    report = compress(settings(model, tmp_path / "out", text, "45%", bits="4", eval_data=held, window=128, footprints=True))
+    content = json.loads((tmp_path / "out" / "report.json").read_text())
+    named = {one["name"]: one for one in content["candidates"]}
+    for name, one in named.items():
+        figures = one["task"]["figures"]
+        assert one["task"]["rows"] == 24
+        assert figures.keys() == {"loss", "perplexity", "label_accuracy"}
+        for figure in figures.values():
+            assert figure["interval"][0] <= figure["value"] <= figure["interval"][1]
+        assert ("beside_original" in figures["loss"]) == (name != "original")
+        assert ("beside_plain_nf4" in figures["loss"]) == (name != "plain nf4")
+    difference = named["allocated"]["task"]["figures"]["loss"]["beside_plain_nf4"]
+    apart = report.named("allocated").task.metrics["loss"] - report.named("plain nf4").task.metrics["loss"]
+    assert difference["difference"] == pytest.approx(apart)
+    assert difference["interval"][0] <= apart <= difference["interval"][1]
+    assert " On 24 rows of the task its label accuracy is " in content["sentence"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "label accuracy beside plain NF4" in page
+    for name in ("original", "plain nf4", content["chosen"]):
+        memory = named[name]["memory"]
+        assert memory["peak_bytes"] > memory["before_bytes"] > 10**7
+    assert "before loading" in page
+
+
+def test_an_answer_is_the_likelier_label_for_the_model_that_is_written(model: Path, text: str, tmp_path: Path) -> None:
+    """The figures of the result are those of the folder when it is opened again."""
+    rows = [json.dumps({"prompt": line, "completion": ("yes", "no")[place % 2]}) for place, line in enumerate(LINES[:24])]
+    (tmp_path / "task.jsonl").write_text("\n".join(rows))
+    wanted = settings(model, tmp_path / "out", text, "45%", bits="4", eval_data=str(tmp_path / "task.jsonl"), window=128)
+    report = compress(wanted)
+    loaded = load(str(tmp_path / "out"))
+    task = read_texts(wanted_again(wanted, tmp_path), None, loaded.tokenizer).task
+    assert task is not None
+    again = measure_task(loaded.model, loaded.tokenizer, task)
+    assert again.metrics == pytest.approx(report.result.task.metrics)
+
+
+def wanted_again(one: CompressSettings, tmp_path: Path) -> CompressSettings:
+    return replace(one, out=tmp_path / "elsewhere")
+
+
+def test_the_next_token_is_right_where_it_is_the_likeliest(model: Path, text: str) -> None:
+    loaded = load(str(model))
+    texts = read_texts(settings(model, Path("nowhere"), text), None, loaded.tokenizer)
+    found = measure_windows(loaded.model, texts.evaluation)
+    for pack, right in zip(texts.evaluation, found.right, strict=True):
+        with torch.no_grad():
+            likeliest = loaded.model(pack.ids[None]).logits[0, :-1].argmax(1)
+        assert right == float((likeliest == pack.ids[1:]).sum())
+    assert quality_of(found, found).accuracy == found.right.sum() / found.tokens.sum()

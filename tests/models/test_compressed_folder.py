@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny import write_tiny
 from transformers import AutoModelForCausalLM
 
+from luthier import disk
 from luthier.adapters import AdapterSpec, attach, load_adapter, save_adapter
 from luthier.adapters.targets import low_rank_layers
 from luthier.disk import sha256_of
@@ -25,6 +28,7 @@ from luthier.models.compressed_description import DESCRIPTION_FILE
 from luthier.models.compressed_folder import stored_bytes
 from luthier.models.load import fingerprint, load
 from luthier.models.packed import packed_logits
+from luthier.units import visible
 
 IDS = torch.arange(3, 43)
 WEIGHTS = "compressed.safetensors"
@@ -126,6 +130,20 @@ def test_all_in_nf4_it_is_a_folder_of_bitsandbytes(tmp_path: Path) -> None:
     assert not (path / DESCRIPTION_FILE).exists()
     settings = json.loads((path / "config.json").read_text())["quantization_config"]
     assert settings["quant_method"] == "bitsandbytes"
+    assert torch.equal(logits(load(str(path)).model), logits(loaded.model))
+
+
+def test_all_in_nf4_with_norms_that_16_bits_do_not_hold_it_keeps_them_and_its_size(tmp_path: Path) -> None:
+    """A folder of bitsandbytes has one dtype for all that is plain: the embedding would be written in 32 bits."""
+    loaded = load(str(write_tiny(tmp_path / "original", "llama", tied=True)), base="bf16")
+    for name, layer in low_rank_layers(loaded.model).items():
+        if isinstance(layer, LowRankLinear) and layer is not loaded.model.get_output_embeddings():
+            set_matrix(loaded.model, name, stored(layer.matrix.dequantize(), "nf4"))
+    path = write_folder(loaded, tmp_path / "nf4")
+    assert (path / DESCRIPTION_FILE).exists()
+    files = load_file(path / WEIGHTS)
+    assert files["model.embed_tokens.weight"].dtype == torch.bfloat16
+    assert files["model.norm.weight"].dtype == torch.float32
     assert torch.equal(logits(load(str(path)).model), logits(loaded.model))
 
 
@@ -259,6 +277,66 @@ def test_a_head_or_embedding_in_factors_is_refused(folder: Path, tmp_path: Path)
     loaded.model.get_input_embeddings().matrix = loaded.model.get_output_embeddings().matrix = table
     with pytest.raises(ModelError, match="embeddings and head are stored whole"):
         load(str(write_folder(loaded, tmp_path / "out")))
+
+
+ESCAPE = "\x1b[2J\u202e" + "x" * 500
+
+NAMES = {
+    "layer": lambda c: c["layers"].update({ESCAPE: {"shape": [0, 4], "kind": "nf4"}}),
+    "stranger": lambda c: c["layers"].update({ESCAPE: {"shape": [4, 4], "kind": "nf4", "right_of": None}}),
+    "owner": layer(K, right_of=ESCAPE),
+    "kind": layer(Q, kind=ESCAPE[:40]),
+    "file": lambda c: c["files"].update({ESCAPE: c["files"][WEIGHTS]}),
+    "short file": lambda c: c["files"].update({"\x1b]0;x.safetensors": c["files"][WEIGHTS]}),
+    "field": lambda c: c.update({ESCAPE: 1}),
+    "version": lambda c: c.update(version=int("9" * 4000)),
+    "shape": layer(Q, shape=[int("9" * 4000), 4]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_what_a_description_calls_things_is_printed_harmlessly(folder: Path, tmp_path: Path, case: str) -> None:
+    path = Path(shutil.copytree(folder, tmp_path / "copy"))
+    edited(path, NAMES[case])
+    with pytest.raises(ModelError) as caught:
+        load(str(path))
+    message = str(caught.value)
+    assert message == visible(message, lines=True)
+    assert len(message) < 1500
+
+
+def test_a_folder_is_hashed_once_a_process_and_again_once_it_changed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(shutil.copytree(folder, tmp_path / "copy"))
+    hashed = []
+    monkeypatch.setattr(disk, "SETTLED_NS", -(10**12))
+    monkeypatch.setattr(disk, "sha256_of", lambda file: (hashed.append(file), sha256_of(file))[1])
+    for _ in range(3):
+        load(str(path))
+    assert hashed == [path / WEIGHTS]
+    about = (path / WEIGHTS).stat()
+    content = bytearray((path / WEIGHTS).read_bytes())
+    content[-1] ^= 1
+    time.sleep(0.02)  # longer than a tick of the file system's clock
+    (path / WEIGHTS).write_bytes(content)
+    os.utime(path / WEIGHTS, ns=(about.st_atime_ns, about.st_mtime_ns))
+    assert (path / WEIGHTS).stat().st_size == about.st_size
+    with pytest.raises(ModelError, match="has another sha256"):
+        load(str(path))
+
+
+def test_a_file_that_was_written_a_moment_ago_is_hashed_every_time(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(shutil.copytree(folder, tmp_path / "copy"))
+    (path / WEIGHTS).touch()
+    hashed = []
+    monkeypatch.setattr(disk, "SETTLED_NS", 10**15)
+    monkeypatch.setattr(disk, "sha256_of", lambda file: (hashed.append(file), sha256_of(file))[1])
+    for _ in range(2):
+        load(str(path))
+    assert len(hashed) == 2
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"version": 1}', "null", '"x"', '{"a": NaN}', "[" * 10000])

@@ -38,7 +38,7 @@ def compress(
         typer.Option(
             "--eval-data",
             metavar="FILE",
-            help="Text to measure on; nothing of it is calibrated on. Without it, a part kept out of --data.",
+            help="Text or rows to measure on; what is measured is never calibrated on. Without it, a part kept out of --data.",
             show_default=False,
         ),
     ] = None,

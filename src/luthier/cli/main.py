@@ -14,6 +14,7 @@ import typer
 import luthier
 from luthier.cli import chat, compress, data, doctor, evaluate, export, plan, quantize, runs, train
 from luthier.errors import LuthierError
+from luthier.units import visible
 
 INTERNAL_ERROR = 1
 INTERRUPTED = 130
@@ -102,7 +103,7 @@ def run(arguments: list[str] | None = None) -> None:
         return
     if debug:
         traceback.print_exception(caught)
-    typer.echo(f"error: {message}", err=True)
+    typer.echo(f"error: {visible(message, lines=True)}", err=True)
     sys.exit(code)
 
 

@@ -32,11 +32,12 @@ JOULES_A_BYTE, JOULES_A_MULTIPLY_ADD = 2.0e-9 / 8, 4.6e-12
 @dataclass(frozen=True)
 class Windows:
     """A model on N windows. losses: (N,) sums of -log p over each window's supervised tokens; tokens: (N,) their numbers;
-    likeliest: for each window the likeliest next token at each of them."""
+    likeliest: for each window the likeliest next token at each of them; right: (N,) at how many it is the text's."""
 
     losses: Array
     tokens: Array
     likeliest: list[Tensor]
+    right: Array
 
     @property
     def mean_loss(self) -> float:
@@ -45,8 +46,8 @@ class Windows:
 
 @dataclass(frozen=True)
 class Quality:
-    """Figures with 95 % intervals from resampled windows. agreement: the share of tokens at which the likeliest next one is
-    the original's; rise: of the mean loss over the original's, paired window by window."""
+    """Figures with 95 % intervals from resampled windows. accuracy: the share of tokens at which the likeliest next one is the
+    text's; agreement: at which it is the original's; rise: of the mean loss over the original's, paired window by window."""
 
     perplexity: float
     perplexity_interval: Interval
@@ -57,6 +58,8 @@ class Quality:
     rise_interval: Interval
     windows: int
     tokens: int
+    accuracy: float
+    accuracy_interval: Interval
 
 
 @dataclass(frozen=True)
@@ -77,12 +80,14 @@ class Cost:
 @torch.no_grad()
 def measure_windows(model: PreTrainedModel, packs: Sequence[Pack]) -> Windows:
     """Each pack is one window."""
-    losses, likeliest = [], []
+    losses, likeliest, right = [], list[Tensor](), []
     with evaluation_mode(model):
         for pack in packs:
             losses.append(-float(token_log_likelihoods(model, pack).sum(dtype=torch.float64)))
             likeliest.append(_likeliest(model, pack))
-    return Windows(np.array(losses), np.array([float(pack.supervised_tokens) for pack in packs]), likeliest)
+            right.append(float((likeliest[-1] == pack.targets).sum()))
+    tokens = np.array([float(pack.supervised_tokens) for pack in packs])
+    return Windows(np.array(losses), tokens, likeliest, np.array(right))
 
 
 def _likeliest(model: PreTrainedModel, pack: Pack) -> Tensor:
@@ -102,6 +107,7 @@ def quality_of(own: Windows, original: Windows) -> Quality:
             Figure("loss", np.stack([own.losses, own.tokens], 1), ratio),
             Figure("before", np.stack([original.losses, original.tokens], 1), ratio),
             Figure("agreement", np.stack([same, own.tokens], 1), ratio),
+            Figure("accuracy", np.stack([own.right, own.tokens], 1), ratio),
         ]
     )
     rise = found["loss"].minus(found["before"])
@@ -115,7 +121,17 @@ def quality_of(own: Windows, original: Windows) -> Quality:
         rise_interval=rise.interval(),
         windows=len(own.losses),
         tokens=int(own.tokens.sum()),
+        accuracy=found["accuracy"].value,
+        accuracy_interval=found["accuracy"].interval(),
     )
+
+
+def loss_difference(own: Windows, other: Windows) -> tuple[float, Interval]:
+    """own - other of the mean loss, paired window by window, with its 95 % interval."""
+    figures = [Figure(name, np.stack([one.losses, one.tokens], 1), ratio) for name, one in (("own", own), ("other", other))]
+    found = resample(figures)
+    apart = found["own"].minus(found["other"])
+    return apart.value, apart.interval()
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +14,29 @@ import torch
 from luthier.calibration.sensitivity import mean_loss
 from luthier.compression.build import build
 from luthier.compression.candidates import LayerFacts, Prober
+from luthier.compression.footprint import footprint_of
 from luthier.compression.heal import Teacher, heal, healing_packs, teacher_of
 from luthier.compression.measure import Windows, cost_of, measure_windows, quality_of
+from luthier.compression.page import write_report
 from luthier.compression.planning import Plan, Table, allocated_plan, fixed_bytes, nf4_plan, tables_of, uniform_plan
-from luthier.compression.report import Candidate, Report, write_report
+from luthier.compression.preflight import Survey, survey
+from luthier.compression.report import PLAIN, Candidate, Report
 from luthier.compression.settings import CompressSettings
+from luthier.compression.tasks import measure_task
 from luthier.compression.texts import Texts, read_texts
 from luthier.compression.walk import Group, walk, weighted_groups
 from luthier.config import Storage
-from luthier.errors import PreflightError
-from luthier.linear import count_numbers
-from luthier.models.cache import publish
+from luthier.disk import staged_folder
+from luthier.errors import ConfigError, PreflightError
 from luthier.models.compressed_description import is_compressed
 from luthier.models.compressed_folder import stored_bytes, write_compressed
-from luthier.models.load import Loaded, load, open_weights
-from luthier.models.source import resolve
+from luthier.models.load import Loaded, load, load_tokenizer
 from luthier.progress import Progress
 from luthier.training.allocator import release_free_memory, set_freed_memory_kept
 from luthier.training.memory import peak_rss_bytes
 from luthier.units import size_text
 
-WORK, PLAIN = ".work", "plain nf4"
-# Weights in these lie on a grid of 4 bits already, which the same storage finds again.
-FOUR_BIT_BLOCKS = ("q4_0", "q4_1", "q4_k", "nf4")
+WORK = ".work"
 
 
 @dataclass
@@ -70,35 +70,44 @@ def compress(settings: CompressSettings, progress: Progress | None = None) -> Re
     The budget is spent over layers, ranks and bits by the loss that each choice is expected to cost; the result is compared
     with the best uniform plan and with plain NF4 where that fits, by loss on text that neither was fitted to, and the best of
     them is kept. Memory: one model at a time, in 16 bits at most.
-    Raises PreflightError for a budget that cannot be met or a full disk, ConfigError, DataError, and what `load` raises.
+    Raises PreflightError for a budget that cannot be met, a folder that cannot be written to and a full disk, as far as can be
+    known before any weight is read; ConfigError, DataError, and what `load` raises.
     """
     began = time.monotonic()
     set_freed_memory_kept(False)
+    found = survey(settings, progress)
+    settings = replace(settings, window=found.window)
     try:
-        settings.out.parent.mkdir(parents=True, exist_ok=True)
-        with publish(settings.out) as stage:
-            report = _run(settings, stage, progress)
+        with staged_folder(settings.out, _place) as stage:
+            report = _run(settings, found, stage, progress)
             report.seconds = time.monotonic() - began
             write_report(stage, report)
     except OSError as error:
         if not _is_of_writing(error, settings.out.parent):
             raise
         raise PreflightError(
-            f"{settings.out} could not be written: {error.strerror or error}. Check the disk's free space."
+            f"{settings.out} could not be written: {error.strerror or error}. Check the folder and the disk's free space."
         ) from error
     return report
 
 
-def _run(settings: CompressSettings, stage: Path, progress: Progress | None) -> Report:
-    loaded, sixteen, notes = _load_dense(settings, progress)
+def _place(stage: Path, out: Path) -> None:
+    """Put the finished folder where it is to be. Raises ConfigError where something else came to stand there meanwhile."""
+    if out.exists():
+        raise ConfigError(f"a compressed model goes to a new folder; {out} came to be while this one was made. Run it again.")
+    stage.rename(out)
+
+
+def _run(settings: CompressSettings, found: Survey, stage: Path, progress: Progress | None) -> Report:
+    sixteen, budget, notes = found.sixteen, found.budget, [*found.notes]
+    loaded, texts = _load_with_texts(settings, sixteen, progress)
     model = loaded.model
-    numbers = count_numbers(model)
-    texts = read_texts(settings, model, loaded.tokenizer, progress)
     release_free_memory()  # of whole files in tokens, windows are kept
-    budget = settings.budget.bytes_of(numbers)
     original = measure_windows(model, texts.evaluation)
-    before = Candidate("original", original.mean_loss, _mean(model, texts), 0.0, stored_bytes(model))
+    before = Candidate("original", original.mean_loss, _mean(model, texts), 0.0, stored_bytes(model), windows=original)
     before.quality, before.cost = quality_of(original, original), cost_of(model, texts.evaluation[0].ids)
+    if texts.task is not None:
+        before.task = measure_task(model, loaded.tokenizer, texts.task, progress)
     groups = weighted_groups(model, texts.calibration, progress)
     release_free_memory()
     prober = Prober(model, settings.bits, sixteen, groups, texts.validation)
@@ -116,6 +125,8 @@ def _run(settings: CompressSettings, stage: Path, progress: Progress | None) -> 
         candidates.append(_build(job, load(settings.model, base=sixteen, offline=settings.offline), plan))
     fitting = _fitting(candidates[1:], budget, settings.bits)
     chosen, form = _finish(job, fitting)
+    if settings.footprints:
+        _add_footprints(job, before, chosen, next(one for one in candidates if one.name == PLAIN))
     _remove_work(stage)
     return Report(
         model=settings.model,
@@ -129,6 +140,7 @@ def _run(settings: CompressSettings, stage: Path, progress: Progress | None) -> 
         layers=chosen.plan.layers if chosen.plan else {},
         tables=chosen.plan.tables if chosen.plan else {},
         origin=texts.origin,
+        measured_on=texts.measured_on,
         calibration_tokens=texts.calibration_tokens,
         healed=settings.heal,
         notes=notes,
@@ -137,22 +149,13 @@ def _run(settings: CompressSettings, stage: Path, progress: Progress | None) -> 
     )
 
 
-def _load_dense(settings: CompressSettings, progress: Progress | None) -> tuple[Loaded, Storage, list[str]]:
-    """The model in 16 bits, which 16 these are, and what should be known of where its weights come from."""
-    source = resolve(settings.model, offline=settings.offline, progress=progress)
-    _, weights = open_weights(source.path)
-    kinds = {weights.kind(name) for name in weights.names()}
-    dtypes = {weights.dtype(name) for name in weights.names() if weights.kind(name) is None}
-    sixteen: Storage = "f16" if dtypes == {torch.float16} else "bf16"
-    notes = []
-    blocks = sorted(kind for kind in kinds if kind in FOUR_BIT_BLOCKS)
-    if blocks:
-        notes.append(
-            f"This model comes in {', '.join(blocks)}: it was rounded to 4 bits before, so the same storage loses next to "
-            "nothing on it, Q8_0 and 16 bits very little, and a comparison with them says nothing of other models. The "
-            "original of this report is the model in 16 bits."
-        )
-    return load(settings.model, base=sixteen, offline=settings.offline, progress=progress), sixteen, notes
+def _load_with_texts(settings: CompressSettings, sixteen: Storage, progress: Progress | None) -> tuple[Loaded, Texts]:
+    """The model in 16 bits, and the texts, which are read first where they need no model."""
+    texts = None
+    if settings.data is not None:
+        texts = read_texts(settings, None, load_tokenizer(settings.model, offline=settings.offline, progress=progress))
+    loaded = load(settings.model, base=sixteen, offline=settings.offline, progress=progress)
+    return loaded, texts or read_texts(settings, loaded.model, loaded.tokenizer, progress)
 
 
 def _teacher(model: Any, texts: Texts, steps: int) -> Teacher:
@@ -187,14 +190,32 @@ def _build(job: _Job, loaded: Loaded, plan: Plan) -> Candidate:
     folder.mkdir(parents=True)
     write_compressed(folder, model, loaded.tokenizer, origin=job.settings.model, progress=say)
     found = Candidate(plan.name, 0.0, _mean(model, job.texts), plan.rise, _weights_bytes(folder), plan=plan, folder=folder)
-    _measure(job, model, found)
+    _measure(job, loaded, found)
     return found
 
 
-def _measure(job: _Job, model: Any, found: Candidate) -> None:
-    found.quality = quality_of(measure_windows(model, job.texts.evaluation), job.original)
+def _measure(job: _Job, loaded: Loaded, found: Candidate) -> None:
+    model, task = loaded.model, job.texts.task
+    found.windows = measure_windows(model, job.texts.evaluation)
+    found.quality = quality_of(found.windows, job.original)
     found.cost = cost_of(model, job.texts.evaluation[0].ids)
     found.loss = found.quality.loss
+    if task is not None:
+        found.task = measure_task(model, loaded.tokenizer, task, job.say(found.name))
+
+
+def _add_footprints(job: _Job, original: Candidate, chosen: Candidate, plain: Candidate) -> None:
+    """Memory of the original, of plain NF4 and of the result; where it cannot be measured, a note says why."""
+    settings = job.settings
+    models = [(original, settings.model, job.sixteen), (chosen, str(job.stage), None)]
+    if plain is not chosen:
+        models.append((plain, str(plain.folder), None))
+    for number, (one, model, base) in enumerate(models):
+        if job.progress is not None:
+            job.progress("measuring memory", number, len(models))
+        one.footprint, reason = footprint_of(model, base=base, offline=settings.offline, threads=torch.get_num_threads())
+        if one.footprint is None:
+            job.notes.append(f"The memory of {one.name} could not be measured: {reason}.")
 
 
 def _weights_bytes(folder: Path) -> int:
@@ -244,7 +265,7 @@ def _healed(job: _Job, teacher: Teacher, candidate: Candidate, best: Candidate) 
         return None
     form = write_compressed(job.stage, model, loaded.tokenizer, origin=settings.model)
     candidate.validation_loss, candidate.healed, candidate.size_bytes = after, True, _weights_bytes(job.stage)
-    _measure(job, model, candidate)
+    _measure(job, loaded, candidate)
     return form
 
 

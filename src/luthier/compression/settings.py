@@ -51,6 +51,7 @@ class CompressSettings:
     data: a file of calibration text, or None for text that the model writes itself; eval_data: what the result is measured
     on, or None for a part of the calibration text that is kept out of it. heal: training steps after the compression.
     bits: which storages are tried. windows, window: how much is calibrated on. seed: of generated text, and of healing.
+    footprints: whether the memory of the models is measured, each in a process of its own.
     """
 
     model: str
@@ -65,6 +66,7 @@ class CompressSettings:
     window: int = 512
     eval_windows: int = 24
     offline: bool = False
+    footprints: bool = True
 
     def __post_init__(self) -> None:
         if self.bits not in get_args(Bits):
@@ -78,7 +80,19 @@ class CompressSettings:
                 "calibration takes at least 2 windows of 16 tokens, evaluation 1; "
                 f"got {self.windows} of {self.window} and {self.eval_windows}."
             )
-        if self.out.exists():
+        if _is_there(self.out):
             raise ConfigError(
                 f"a compressed model goes to a new folder; {self.out} exists. Choose another --out, or remove it."
             )
+
+
+def _is_there(path: Path) -> bool:
+    """Whether something of that name is there, be it a link that leads nowhere."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:  # a name that no file can have
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"--out must be a name that a folder can have; {str(path)[:200]!r}: {reason}.") from error
+    return True

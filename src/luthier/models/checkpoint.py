@@ -13,9 +13,11 @@ from torch import Tensor
 from luthier.errors import ModelError, bulleted, one_line
 from luthier.matrices import Matrix
 from luthier.strict_json import read_json
+from luthier.units import shortened, visible
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+LONGEST_NAME = 200  # of a tensor or file in a message
 PICKLE_PATTERNS = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
@@ -62,7 +64,9 @@ class SafetensorsCheckpoint:
         for path in _shards(folder, index) if files is None else _listed_files(folder, files, listed_in):
             problems += self._read_header(path)
         problems += [
-            f"{name} is not in {file}, where the index puts it" for name, file in index.items() if name not in self._file_of
+            f"{shortened(name, LONGEST_NAME)} is not in {shortened(file, LONGEST_NAME)}, where the index puts it"
+            for name, file in index.items()
+            if name not in self._file_of
         ]
         if problems:
             raise ModelError(
@@ -75,13 +79,14 @@ class SafetensorsCheckpoint:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - not a dict
                     if name in self._file_of:
-                        problems.append(f"{name} is in {self._file_of[name].name} and in {path.name}")
+                        twice = f"{visible(self._file_of[name].name)} and in {visible(path.name)}"
+                        problems.append(f"{shortened(name, LONGEST_NAME)} is in {twice}")
                     part = file.get_slice(name)
                     self._file_of[name] = path
                     self._shape_of[name] = tuple(part.get_shape())
                     self._dtype_of[name] = part.get_dtype()
         except (SafetensorError, OSError) as error:
-            problems.append(f"{path.name} is damaged or cut short ({one_line(error)})")
+            problems.append(f"{visible(path.name)} is damaged or cut short ({one_line(error)})")
         return problems
 
     def names(self) -> list[str]:
@@ -144,7 +149,7 @@ def _listed_files(folder: Path, names: Iterable[str], listed_in: str) -> list[Pa
         if not _stays_inside(folder, file):
             problems.append(f"{file[:200]!r} leads out of the folder")
         elif not _is_file(path):
-            problems.append(f"{file[:200]} is missing")
+            problems.append(f"{shortened(file, LONGEST_NAME)} is missing")
         else:
             shards.append(path)
     if problems:

@@ -15,7 +15,9 @@ from luthier.matrices.factored import StoredMatrix
 from luthier.matrices.nf4 import STATE_KEY
 from luthier.models.checkpoint import DTYPES, SafetensorsCheckpoint
 from luthier.models.compressed_description import DESCRIPTION_FILE, Description, LayerEntry, check_files, read_description
+from luthier.units import shortened
 
+LONGEST_PROBLEM = 400
 NF4_ENDS = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", STATE_KEY.removeprefix("weight"))
 DTYPE_NAMES = {kind: name for kind, dtype in STORAGE_DTYPES.items() for name, known in DTYPES.items() if known == dtype}
 
@@ -73,7 +75,7 @@ class _Reader:
             try:
                 matrix = self._matrix(name, entry)
             except ShapeError as error:
-                self._problems.append(f"{name}: {error}")
+                self._problems.append(shortened(f"{name}: {error}", LONGEST_PROBLEM))
                 continue
             if matrix is not None:
                 found[f"{name}.weight"] = matrix

@@ -18,15 +18,17 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from luthier.disk import sha256_of
+from luthier.disk import known_sha256
 from luthier.errors import ModelError, bulleted, nearest, one_line
 from luthier.kernels.storage import KINDS
 from luthier.matrices.factored import FactoredKind
 from luthier.strict_json import read_json
+from luthier.units import shortened
 
 DESCRIPTION_FILE = "compression.json"
 VERSION: Literal[1] = 1
 MAX_SIZE = 1 << 31
+LONGEST_NAME = 120  # of a layer or file in a message
 
 
 class _Strict(BaseModel):
@@ -91,11 +93,15 @@ def read_description(folder: Path) -> Description:
         raise ModelError(f"{path} must be readable JSON; {one_line(error)}. Copy the model again.") from error
     version = content.get("version") if isinstance(content, dict) else None
     if isinstance(version, int) and version > VERSION:
-        raise ModelError(f"{path} must be of version {VERSION} or less; it is of {version}. Update luthier.")
+        raise ModelError(
+            f"{path} must be of version {VERSION} or less; it is of {shortened(str(version), 20)}. Update luthier."
+        )
     try:
         description = Description.model_validate(content)
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, one['loc']))[:120] or 'the file'}: {one['msg']}" for one in error.errors()]
+        problems = [
+            f"{shortened('.'.join(map(str, one['loc'])), LONGEST_NAME) or 'the file'}: {one['msg']}" for one in error.errors()
+        ]
         raise ModelError(f"{path} must describe a compressed model:\n{bulleted(problems)}\nCopy the model again.") from error
     problems = [problem for name, entry in description.layers.items() for problem in _problems(name, entry, description)]
     if problems:
@@ -112,18 +118,18 @@ def check_files(folder: Path, description: Description) -> None:
     for name, entry in description.files.items():
         size_bytes = (folder / name).stat().st_size
         if size_bytes != entry.size_bytes:
-            problems.append(f"{name} must have {entry.size_bytes} bytes; it has {size_bytes}")
-        elif sha256_of(folder / name) != entry.sha256:
-            problems.append(f"{name} has another sha256 than when it was written")
+            problems.append(f"{shortened(name, LONGEST_NAME)} must have {entry.size_bytes} bytes; it has {size_bytes}")
+        elif known_sha256(folder / name) != entry.sha256:
+            problems.append(f"{shortened(name, LONGEST_NAME)} has another sha256 than when it was written")
     if problems:
         raise ModelError(f"the weights of {folder} must be whole; they are not:\n{bulleted(problems)}\nCopy the model again.")
 
 
 def _problems(name: str, entry: LayerEntry, description: Description) -> list[str]:
     """What cannot be in one layer's entry."""
-    short = name[:120]
+    short = shortened(name, LONGEST_NAME)
     if not all(1 <= size < MAX_SIZE for size in entry.shape):
-        return [f"{short}: sizes lie between 1 and {MAX_SIZE - 1}; got {entry.shape}"]
+        return [f"{short}: sizes lie between 1 and {MAX_SIZE - 1}; got {shortened(str(entry.shape), 80)}"]
     factored = entry.factored
     if factored is None and entry.kind not in KINDS:
         return [f"{short}: {entry.kind!r} names no storage.{nearest(entry.kind, KINDS)}"]
@@ -138,6 +144,8 @@ def _problems(name: str, entry: LayerEntry, description: Description) -> list[st
     owner = description.layers.get(entry.right_of)
     theirs = None if owner is None else owner.factored
     if owner is None or theirs is None or owner.right_of is not None:
-        return [f"{short}: {entry.right_of[:120]!r} has no right factor of its own to share"]
+        return [f"{short}: '{shortened(entry.right_of, LONGEST_NAME)}' has no right factor of its own to share"]
     same = (theirs.rank, theirs.right, owner.columns) == (factored.rank, factored.right, entry.columns)
-    return [] if same else [f"{short}: it shares a right factor of {entry.right_of[:120]} that does not fit it"]
+    return (
+        [] if same else [f"{short}: it shares a right factor of {shortened(entry.right_of, LONGEST_NAME)} that does not fit it"]
+    )

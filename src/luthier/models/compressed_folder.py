@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -35,12 +36,14 @@ def write_compressed(
     """Fill the empty folder `stage` with the model as its matrices are stored. Returns "bitsandbytes" or "luthier".
 
     A model whose linear layers are in NF4 or dense and whose embedding is dense is written as bitsandbytes' folder, which
-    Transformers opens; any other with a compression.json. Tensors are written as they lie in memory.
+    Transformers opens, where all that is plain fits the embedding's dtype exactly, since that folder has one dtype for all; the
+    matrices in NF4 then record it as theirs. Any other has a compression.json. Tensors are written as they lie in memory.
     Raises ConfigError while adapters are attached, OSError where the disk refuses.
     """
     if any(len(layer.terms) for layer in _layers(model).values()):
         raise ConfigError("a model is compressed without adapters on it; merge or detach them first.")
-    if is_bitsandbytes(model):
+    if is_bitsandbytes(model) and _fits_one_dtype(model):
+        _record_dtype(model, _table_dtype(model))
         write_quantized(stage, model, tokenizer, progress)
         return "bitsandbytes"
     state, entries = stored_state(model)
@@ -72,6 +75,23 @@ def is_bitsandbytes(model: PreTrainedModel) -> bool:
     plain_head = not isinstance(head, LowRankLinear) or isinstance(head.matrix, DenseMatrix)
     fits = all(isinstance(matrix, kinds) for matrix in linear) and all(isinstance(matrix, DenseMatrix) for matrix in tables)
     return some and fits and plain_head
+
+
+def _table_dtype(model: PreTrainedModel) -> torch.dtype:
+    return next(layer.matrix.weight.dtype for layer in _layers(model).values() if isinstance(layer, LowRankEmbedding))
+
+
+def _fits_one_dtype(model: PreTrainedModel) -> bool:
+    """Whether the embedding's dtype holds every plain number exactly."""
+    state, dtype = stored_state(model)[0], _table_dtype(model)
+    plain = [tensor for key, tensor in state.items() if tensor.is_floating_point() and ".weight." not in key]
+    return all(torch.equal(tensor, tensor.to(dtype).to(tensor.dtype)) for tensor in plain)
+
+
+def _record_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    for layer in _layers(model).values():
+        if isinstance(layer.matrix, NF4Matrix):
+            layer.matrix.dtype = dtype
 
 
 def stored_state(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, LayerEntry]]:

@@ -104,7 +104,10 @@ def load_tokenizer(model: str, *, offline: bool = False, progress: Progress | No
 
 
 def open_weights(path: Path) -> tuple[PretrainedConfig, WeightSource]:
-    """The configuration and the weights in a folder or GGUF file; of the weights only the headers are read."""
+    """The configuration and the weights in a folder or GGUF file; of the weights only the headers are read.
+
+    A compressed folder's files are hashed besides, once a process as long as they do not change.
+    """
     if path.is_dir():
         config = read_config(path)
         if is_compressed(path):
