@@ -6,9 +6,9 @@ Each form is written by `luthier.export` into FOLDER (one that is there already 
 every supervised token of the rows, one row at a time: PEFT and Transformers in float32, llama.cpp as llama-cpp-python opens
 it, with its cache of keys and values in float32 or, with --cache f16, in its own default. "trained" compares with the model as
 trained, "stored" with the same merge rounded in memory to what the file holds, which separates what the type costs from
-what is wrong. Greedy text: llama.cpp's answer to every prompt is the same text as ours or not. Where its likeliest tokens behind
-the prompt are the row's own up to the end of the answer, that is its answer and nothing is decoded; elsewhere it decodes, token by
-token (--decode: everywhere, which takes several times as long).
+what is wrong. Greedy text: llama.cpp's answer to every prompt is the same text as ours or not. Where its likeliest tokens
+behind the prompt are the row's own up to the end of the answer, that is its answer and nothing is decoded; elsewhere it
+decodes, token by token (--decode: everywhere, which takes several times as long).
 
 Asked of a form: peft and merged-*: logits within 1e-4 of the largest, of what was trained where nothing is rounded, else of the
 stored merge. gguf-f16, and gguf-adapter on the base's own file: the same greedy text on 97 % of rows, loss within 0.5 %.
