@@ -6,7 +6,9 @@ Each form is written by `luthier.export` into FOLDER (one that is there already 
 every supervised token of the rows, one row at a time: PEFT and Transformers in float32, llama.cpp as llama-cpp-python opens
 it, with its cache of keys and values in float32 or, with --cache f16, in its own default. "trained" compares with the model as
 trained, "stored" with the same merge rounded in memory to what the file holds, which separates what the type costs from
-what is wrong. Greedy text: llama.cpp decodes every prompt, and each answer is the same text as ours or not.
+what is wrong. Greedy text: llama.cpp's answer to every prompt is the same text as ours or not. Where its likeliest tokens
+behind the prompt are the row's own up to the end of the answer, that is its answer and nothing is decoded; elsewhere it
+decodes, token by token (--decode: everywhere, which takes several times as long).
 
 Asked of a form: peft and merged-*: logits within 1e-4 of the largest, of what was trained where nothing is rounded, else of the
 stored merge. gguf-f16, and gguf-adapter on the base's own file: the same greedy text on 97 % of rows, loss within 0.5 %.
@@ -103,6 +105,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--forms", default=",".join(FORMS), help="with commas between")
     parser.add_argument("--cache", choices=("f32", "f16"), default="f32", help="llama.cpp's keys and values")
+    parser.add_argument("--decode", action="store_true", help="llama.cpp decodes every answer token by token")
     parser.add_argument("--out", type=Path, help="write the result as JSON, and go on from it")
     options = parser.parse_args()
     options.forms = options.forms.split(",")
@@ -336,6 +339,16 @@ def in_llama_cpp(trained: Trained, path: Path, adapter: Path | None, options: ar
     stops = end_tokens(subject.model, subject.tokenizer, Renderer(subject.tokenizer, max_length=64))
     answers: list[str] = []
 
+    def answer(example: Example, logits: Tensor) -> str:
+        """logits: behind every token of the row."""
+        start = len(example.prompt_ids)
+        own = example.ids[start:]
+        ends = next((place for place, token in enumerate(own) if token in stops), None)
+        read = logits[start - 1 :].argmax(1).tolist()
+        if ends is None or options.decode or example.ids[:start] != example.prompt_ids or read[: ends + 1] != own[: ends + 1]:
+            own, ends = judge.answer(example.prompt_ids, trained.max_new_tokens, stops), None
+        return text_of(subject.tokenizer, own[:ends][: trained.max_new_tokens])
+
     def logits() -> Iterator[Tensor]:
         """Row by row, the answer behind the logits: the prompt is in llama.cpp's cache then."""
         import torch
@@ -344,9 +357,9 @@ def in_llama_cpp(trained: Trained, path: Path, adapter: Path | None, options: ar
             parts = []
             for place, (first, end) in enumerate(zip(pack.starts.tolist(), pack.starts[1:].tolist(), strict=False)):
                 own = pack.predict[(pack.predict >= first) & (pack.predict < end)] - first
-                parts.append(judge.logits(pack.ids[first:end].tolist())[own])
-                prompt = trained.examples[pack.rows[place]].prompt_ids
-                answers.append(text_of(subject.tokenizer, judge.answer(prompt, trained.max_new_tokens, stops)))
+                row = judge.logits(pack.ids[first:end].tolist())
+                parts.append(row[own])
+                answers.append(answer(trained.examples[pack.rows[place]], row))
             yield torch.cat(parts)
         judge.close()
 

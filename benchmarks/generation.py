@@ -5,7 +5,7 @@
 One process loads SmolLM2-135M three ways: as its GGUF file by us and by llama.cpp (llama-cpp-python, extra `llamacpp`), for
 each of --kinds (q4_1 is the file as published, others are written from it by `luthier export`), and as float32 weights by
 plain Transformers. All take turns in every round, with the same number of threads, the same prompts and greedy answers without
-an end; a figure is the best of the rounds.
+an end; a figure is the best of the rounds. --figures and --by choose works and contenders where a whole run is too long.
 
 - prompt: --prompt-tokens over the seconds until the first token behind them is chosen.
 - one stream: --new-tokens over the seconds that they take longer than the first token alone, behind a prompt of 32 tokens.
@@ -39,6 +39,7 @@ TARGETS = (  # what, the figure, of ours to whose, at least
     ("streams over Transformers'", "streams", "Transformers", 4.0),
 )
 CHECKED = 32
+FIGURES, CONTENDERS = ("prompt", "one_stream", "streams"), ("luthier", "llama.cpp", "Transformers")
 Ids = list[int]
 
 
@@ -170,6 +171,8 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", default="q4_1,q4_0", help="4-bit types, with commas between: q4_1, q4_0")
+    parser.add_argument("--figures", default=",".join(FIGURES), help="what is measured, with commas between")
+    parser.add_argument("--by", default=",".join(CONTENDERS), help="the contenders, with commas between")
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--streams", type=int, default=16)
@@ -178,9 +181,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("bench-generation"), help="folder for files of other types")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     options = parser.parse_args()
-    options.kinds = options.kinds.split(",")
-    if unknown := sorted(set(options.kinds) - {"q4_1", "q4_0"}):
-        parser.error(f"--kinds are q4_1 and q4_0; got {', '.join(unknown)}")
+    for name, known in (("kinds", ("q4_1", "q4_0")), ("figures", FIGURES), ("by", CONTENDERS)):
+        chosen = getattr(options, name).split(",")
+        setattr(options, name, chosen)
+        if unknown := sorted(set(chosen) - set(known)):
+            parser.error(f"--{name}: of {', '.join(known)}; got {', '.join(unknown)}")
     if min(options.new_tokens, options.prompt_tokens, options.streams, options.rounds) < 1:
         parser.error("counts must be at least 1")
     return options
@@ -213,29 +218,42 @@ def make_prompts(published: Path, options: argparse.Namespace) -> dict[str, list
     return {"prompt": [ids[: options.prompt_tokens]], "one_stream": [ids[600:632]], "streams": streams}
 
 
+def opened(path: Path, longest: int, options: argparse.Namespace, result: dict[str, Any]) -> dict[str, Contender]:
+    """The contenders asked for. longest: tokens of a stream."""
+    found: dict[str, Contender] = {}
+    if "luthier" in options.by:
+        found["luthier"] = Luthier(path)
+    if "llama.cpp" in options.by:
+        llama = LlamaCpp(path, result["threads"], options.streams, longest)
+        result["llama.cpp"], found["llama.cpp"] = llama.system, llama
+    if "Transformers" in options.by:
+        found["Transformers"] = Transformers(path)
+    return found
+
+
 def measure_kind(
     path: Path, prompts: dict[str, list[Ids]], options: argparse.Namespace, result: dict[str, Any]
 ) -> dict[str, Any]:
     """Every contender's best figures on one file, and their ratios."""
     longest = max(len(prompt) for own in prompts.values() for prompt in own) + options.new_tokens + 2
-    llama = LlamaCpp(path, result["threads"], options.streams, longest)
-    result["llama.cpp"] = llama.system
-    contenders: dict[str, Contender] = {"luthier": Luthier(path), "llama.cpp": llama, "Transformers": Transformers(path)}
-    truth = contenders["Transformers"].answers(prompts["one_stream"], CHECKED)[0]
-    same = {name: agreement(one.answers(prompts["one_stream"], CHECKED)[0], truth) for name, one in contenders.items()}
+    contenders = opened(path, longest, options, result)
+    found = {name: one.answers(prompts["one_stream"], CHECKED)[0] for name, one in contenders.items()}
+    truth = found.get("Transformers")
     best: dict[str, dict[str, float]] = {name: {} for name in contenders}
     for number in range(options.rounds):
         for name, contender in rotated(list(contenders.items()), number):
-            for figure, rate in round_of(contender, prompts, options.new_tokens).items():
+            for figure, rate in round_of(contender, prompts, options).items():
                 best[name][figure] = max(best[name].get(figure, 0.0), rate)
             print(f"{path.name}: round {number + 1}: {name}: {json.dumps(best[name])}", file=sys.stderr, flush=True)
     read = result["machine"]["read_bytes_per_second"]
     return {
-        "file": path.name, "size_bytes": path.stat().st_size, "tokens_per_second": best, "same": same,
+        "file": path.name, "size_bytes": path.stat().st_size, "tokens_per_second": best,
+        "same": {} if truth is None else {name: agreement(own, truth) for name, own in found.items()},
         "limit": None if read is None else read / path.stat().st_size,
         "targets": [
             {"what": what, "ratio": best["luthier"][figure] / best[other][figure], "at_least": least}
             for what, figure, other, least in TARGETS
+            if figure in options.figures and {"luthier", other} <= set(best)
         ],
     }  # fmt: skip
 
@@ -244,14 +262,17 @@ def rotated(items: list[Any], by: int) -> list[Any]:
     return items[by % len(items) :] + items[: by % len(items)]
 
 
-def round_of(contender: Contender, prompts: dict[str, list[Ids]], count: int) -> dict[str, float]:
+def round_of(contender: Contender, prompts: dict[str, list[Ids]], options: argparse.Namespace) -> dict[str, float]:
     """Tokens a second of each work, once."""
-    (long,) = prompts["prompt"]
-    rates = {"prompt": len(long) / seconds(lambda: contender.answers([long], 1))}
+    rates, count = {}, options.new_tokens
+    if "prompt" in options.figures:
+        (long,) = prompts["prompt"]
+        rates["prompt"] = len(long) / seconds(lambda: contender.answers([long], 1))
     for work in ("one_stream", "streams"):
-        own = prompts[work]
-        first = seconds(lambda own=own: contender.answers(own, 1))
-        rates[work] = len(own) * count / (seconds(lambda own=own: contender.answers(own, count + 1)) - first)
+        if work in options.figures:
+            own = prompts[work]
+            first = seconds(lambda own=own: contender.answers(own, 1))
+            rates[work] = len(own) * count / (seconds(lambda own=own: contender.answers(own, count + 1)) - first)
     return rates
 
 
@@ -277,8 +298,9 @@ def table(result: dict[str, Any]) -> str:
     for kind, own in result["kinds"].items():
         for name, rates in own["tokens_per_second"].items():
             weights = "f32" if name == "Transformers" else kind
-            figures = " | ".join(f"{rates[figure]:.0f}" for figure in ("prompt", "one_stream", "streams"))
-            lines.append(f"| {weights} | {name} | {figures} | {own['same'][name]:.0%} |")
+            figures = " | ".join(f"{rates[figure]:.0f}" if figure in rates else "" for figure in FIGURES)
+            same = f"{own['same'][name]:.0%}" if name in own["same"] else ""
+            lines.append(f"| {weights} | {name} | {figures} | {same} |")
         asked += [f"| {kind} | {row['what']} | {row['ratio']:.2f} | {row['at_least']:.1f} |" for row in own["targets"]]
     return "\n".join(lines + asked)
 

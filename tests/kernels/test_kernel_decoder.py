@@ -14,7 +14,7 @@ from torch import Tensor
 
 from luthier.errors import ShapeError
 from luthier.kernels import Storage
-from luthier.kernels.decoder import PAGE, Decoder, LayerParts, NormPart
+from luthier.kernels.decoder import PAGE, Decoder, FactoredPart, LayerParts, NormPart
 from luthier.kernels.dequantize import dequantize_reference
 from luthier.kernels.linear_ops import Part, Term
 
@@ -90,8 +90,8 @@ class Numbers:
 class Model:
     """A small stack, its oracle, and pages that hold NaN where nothing was stored."""
 
-    def __init__(self, recipe: Recipe = RECIPES["plain"]):
-        numbers = Numbers(recipe)
+    def __init__(self, recipe: Recipe = RECIPES["plain"], numbers: Numbers | None = None):
+        numbers = numbers or Numbers(recipe)
         self.recipe = recipe
         self.layers = [numbers.layer(number) for number in range(LAYERS)]
         self.norm, self.head = numbers.norm(HIDDEN), numbers.part(VOCABULARY, HIDDEN) if recipe.head else None
@@ -142,16 +142,85 @@ class Model:
         return torch.cat([turned * cos + torch.cat([-b, a], 2) * sin, rest], 2)
 
 
-def linear(part: Part, x: Tensor) -> Tensor:
-    y = x @ dequantize_reference(part.storage).double().T
+def linear(part: Part | FactoredPart, x: Tensor) -> Tensor:
+    y = factored(part, x) if isinstance(part, FactoredPart) else x @ dequantize_reference(part.storage).double().T
     y = y if part.bias is None else y + part.bias
     return y if part.term is None else y + part.term.scaling * (x @ part.term.A.double().T) @ part.term.B.double().T
+
+
+def factored(part: FactoredPart, x: Tensor) -> Tensor:
+    inner = x @ dequantize_reference(part.right).double().T
+    y = inner @ dequantize_reference(part.left).double().T
+    if part.places is not None:
+        return torch.cat([inner, y], 1)[:, part.places.long()]
+    return y if part.base is None else y + x @ dequantize_reference(part.base).double().T
 
 
 def norm(part: NormPart | None, x: Tensor) -> Tensor:
     if part is None:
         return x
     return x * (x.square().mean(-1, keepdim=True) + part.eps).rsqrt() * (part.weight.double() + part.plus)
+
+
+@dataclass(frozen=True)
+class Factoring:
+    """How factors are stored, and what stands with them. pivoted: some outputs are rows of right x as they are."""
+
+    kind: str
+    rank: int
+    pivoted: bool = False
+    base: str | None = None
+    extras: bool = False
+
+
+FACTORINGS = [
+    Factoring("bf16", 24),
+    Factoring("bf16", 19, pivoted=True, extras=True),
+    Factoring("bf16", 7, base="q4_1", extras=True),
+    Factoring("nf4", 64),
+    Factoring("nf4", 64, pivoted=True),
+    Factoring("nf4-double", 40, pivoted=True, extras=True),
+    Factoring("nf4", 33, base="nf4"),
+    Factoring("q8_0", 32),
+]
+
+
+class FactoredNumbers(Numbers):
+    """Layers of factors; those of one input have the same right factor where the ranks allow it."""
+
+    def __init__(self, factoring: Factoring):
+        super().__init__(Recipe(extras=factoring.extras))
+        self.factoring = factoring
+
+    def stored(self, kind: str, rows: int, columns: int) -> Storage:
+        self.seed += 1
+        if kind == "bf16":
+            return Storage.dense((self(rows, columns) / columns**0.5).to(torch.bfloat16))
+        return random_storage(kind, rows, columns, self.seed)
+
+    def factored(self, outputs: int, right: Storage) -> FactoredPart:
+        f, rank = self.factoring, right.shape[0]
+        left = self.stored(f.kind, outputs - rank if f.pivoted else outputs, rank)
+        places = torch.randperm(outputs, generator=self.generator).to(torch.int32) if f.pivoted else None
+        base = None if f.base is None else self.stored(f.base, outputs, right.shape[1])
+        if not f.extras:
+            return FactoredPart(left, right, base, places)
+        term = Term(self(3, right.shape[1]) / right.shape[1] ** 0.5, self(outputs, 3), 0.5)
+        return FactoredPart(left, right, base, places, self(outputs), term)
+
+    def group(self, inputs: int, *outputs: int) -> list[FactoredPart]:
+        """Layers of one input. Narrow ones take a right factor of their own, of fewer rows."""
+        f = self.factoring
+        shared = self.stored(f.kind, f.rank, inputs)
+        own = [shared if n - f.pivoted >= f.rank else self.stored(f.kind, n // 2, inputs) for n in outputs]
+        return [self.factored(n, right) for n, right in zip(outputs, own, strict=True)]
+
+    def layer(self, number: int) -> LayerParts:
+        return replace(
+            super().layer(number),
+            projections=self.group(HIDDEN, QUERIES, KEYS, KEYS), gates=self.group(HIDDEN, WIDE, WIDE),
+            output=self.group(QUERIES, HIDDEN)[0], down=self.group(WIDE, HIDDEN)[0],
+        )  # fmt: skip
 
 
 def texts(*lengths: int) -> list[Tensor]:
@@ -194,6 +263,25 @@ def test_steps_over_several_texts_agree_with_float64(name):
         assert len(got) == len(expected)
         for result, want in zip(got, expected, strict=True):
             assert relative_error(result, want) <= bound
+
+
+@pytest.mark.parametrize("factoring", FACTORINGS, ids=str)
+def test_layers_of_factors_agree_with_float64(factoring):
+    numbers = FactoredNumbers(factoring)
+    model, embeddings = Model(numbers.recipe, numbers), texts(3, 70)
+    tables = [model.pages[:2], model.pages[4:6]]
+    bound = 1e-4 if "q" in f"{factoring.kind} {factoring.base}" else 1e-5
+    for got, text in zip(run_interleaved(model, embeddings, tables, (0, 0)), embeddings, strict=True):
+        for result, want in zip(got, model.exact(text), strict=True):
+            assert relative_error(result, want) <= bound
+
+
+def test_factors_with_places_and_a_base_are_refused():
+    numbers = FactoredNumbers(Factoring("bf16", 8, pivoted=True))
+    model = Model()
+    down = replace(numbers.group(WIDE, HIDDEN)[0], base=Storage.dense(torch.zeros(HIDDEN, WIDE)))
+    with pytest.raises(ShapeError, match="a layer with places has no base; got both"):
+        model.made([replace(model.layers[0], down=down)])
 
 
 @pytest.mark.parametrize("name", ["plain", "window", "all"])

@@ -59,11 +59,18 @@ namespace lt {
 
 constexpr int kPage = 64;
 
-// A token in fixed point: x[k] = scales[k / 32] * q[k] with |q| <= 32767, so |error| <= largest of its 32 / 65534.
+// Whether a step may be run: no pointer missing, all shapes fitting, every position in a page (decode_checks.cpp).
+bool step_fits(const lt_decoder* decoder, const lt_step* step);
+
+// A token in fixed point: x[k] = scale q[k] with |q| <= 32767 and one scale for 32, so |error| <= largest of its 32 / 65534.
+// Blocks lie in pairs, so that two are multiplied in one vector: the first 16 of both, then the last 16 of both.
 struct FixedToken {
   std::int16_t* q;
-  float* scales;
-  float* sums;  // scales[b] times the sum of the block's q, divided by 8, the lanes it is added to
+  float* common;  // of each block its scale, then scale times the sum of q, divided by 8, the lanes it is added to
+  // Where the 16 values from value i, 0 or 16, of a block lie.
+  std::int16_t* sixteen(std::int64_t block, int i) const { return q + block / 2 * 64 + block % 2 * 16 + 2 * i; }
+  float scale(std::int64_t block) const { return common[2 * block]; }
+  float sum(std::int64_t block) const { return common[2 * block + 1]; }
 };
 
 // y[i] = W[row + i] . x + low[row + i] . inner + bias[row + i], for i < rows. W: blocks of a GGUF file.
