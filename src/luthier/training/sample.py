@@ -110,7 +110,8 @@ def _sample_factored(kind: FactoredKind, rows: int, columns: int, *, double: boo
 
 def _sample_stored(kind: str, rows: int, columns: int, *, double: bool) -> StoredMatrix:
     if kind in DENSE_DTYPES:
-        row = torch.linspace(-SIZE_OF_WEIGHTS, SIZE_OF_WEIGHTS, columns).to(DENSE_DTYPES[kind])
+        # Not symmetric: sums that cancel leave rounding alone, which the next norm makes large.
+        row = torch.linspace(-SIZE_OF_WEIGHTS / 2, SIZE_OF_WEIGHTS, columns).to(DENSE_DTYPES[kind])
         return DenseMatrix(row.repeat(rows, 1))
     if kind in GGUF_BLOCKS:
         size, block_bytes = GGUF_BLOCKS[kind]
