@@ -268,6 +268,7 @@ class Bench:
             prober = Prober(self.model, bits, "bf16", self.weighted, self.texts.validation)
             walk(self.model, self.texts.calibration, self.weighted, prober.visit, changes=False)
             prober.measure()
+            del prober.model  # other lines have others
             for family, probe in prober.probes.items():
                 print(f"  {family}: {probe.measured:.4f} nats measured, {probe.predicted:.4f} predicted", flush=True)
             self.probers[bits] = prober

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 from dataclasses import replace
@@ -12,9 +13,10 @@ import pytest
 import torch
 from tiny import write_tiny
 
-from luthier.compression import runner
+from luthier.compression import heal as healing
+from luthier.compression import measure, runner
 from luthier.compression.heal import Teacher, heal
-from luthier.compression.measure import Windows, loss_difference, measure_windows, quality_of
+from luthier.compression.measure import Windows, cost_of, loss_difference, measure_windows, quality_of
 from luthier.compression.report import Candidate, Report
 from luthier.compression.runner import compress
 from luthier.compression.settings import Budget, CompressSettings
@@ -122,8 +124,31 @@ def test_healing_is_kept_where_it_makes_the_best_and_stays_within_the_budget(
     allowed = [one for one in report.candidates[1:] if one.size_bytes <= report.budget_bytes]
     assert report.result.validation_loss == min(one.validation_loss for one in allowed)
     assert report.result.healed is helps
+    healed = [one for one in report.candidates if one.healed]
+    assert healed == ([report.result] if helps else [])
+    if helps:  # beside what it was made of, which is as it was measured before
+        before = report.named(report.chosen.removesuffix(", healed"))
+        assert before is not None
+        assert before.validation_loss > report.result.validation_loss
+        assert before.windows is not report.result.windows
+        page = (tmp_path / "out" / "report.html").read_text()
+        assert f"the result: {report.chosen}" in page
+        assert page.count("healed, healed") == 0
     assert any("healing was dropped" in note for note in report.notes) is not helps
     assert load(str(tmp_path / "out")).model.config.model_type == "llama"
+
+
+def test_a_head_that_healing_does_not_know_is_refused_before_anything_is_measured(
+    model: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_arguments) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(healing, "head_of", lambda _model: None)
+    monkeypatch.setattr(runner, "measure_windows", never)
+    with pytest.raises(ConfigError, match="healing needs a head that is known; LlamaForCausalLM has another"):
+        compress(settings(model, tmp_path / "out", text, heal=2))
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_data_the_model_writes_its_own_text_and_that_is_said(model: Path, tmp_path: Path) -> None:
@@ -171,6 +196,23 @@ def test_an_interrupt_leaves_nothing(model: Path, text: str, tmp_path: Path, mon
 
     monkeypatch.setattr(runner, "_finish", stop)
     with pytest.raises(KeyboardInterrupt):
+        compress(settings(model, tmp_path / "out", text))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_written_is_told_from_what_cannot_be_read(
+    model: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments) -> None:
+        name = tmp_path / "model.json" if reads else arguments[2] / "compressed.safetensors"
+        raise PermissionError(errno.EACCES, "Permission denied", str(name))
+
+    monkeypatch.setattr(runner, "_run", refuse)
+    reads = False
+    with pytest.raises(PreflightError, match="out could not be written: Permission denied"):
+        compress(settings(model, tmp_path / "out", text))
+    reads = True
+    with pytest.raises(PermissionError, match=r"model\.json"):
         compress(settings(model, tmp_path / "out", text))
     assert not list(tmp_path.iterdir())
 
@@ -257,7 +299,7 @@ def test_rows_with_answers_give_task_figures_with_paired_intervals(model: Path, 
     apart = report.named("allocated").task.metrics["loss"] - report.named("plain nf4").task.metrics["loss"]
     assert difference["difference"] == pytest.approx(apart)
     assert difference["interval"][0] <= apart <= difference["interval"][1]
-    assert " On 24 rows of the task its label accuracy is " in content["sentence"]
+    assert " On 24 rows of the task this result's label accuracy is " in content["sentence"]
     page = (tmp_path / "out" / "report.html").read_text()
     assert "label accuracy beside plain NF4" in page
     for name in ("original", "plain nf4", content["chosen"]):
@@ -292,3 +334,14 @@ def test_the_next_token_is_right_where_it_is_the_likeliest(model: Path, text: st
             likeliest = loaded.model(pack.ids[None]).logits[0, :-1].argmax(1)
         assert right == float((likeliest == pack.ids[1:]).sum())
     assert quality_of(found, found).accuracy == found.right.sum() / found.tokens.sum()
+
+
+def test_a_first_token_that_is_held_up_makes_decoding_no_faster(
+    model: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounds of (prompt, first token, all tokens) in seconds: 32 tokens take 3 - 1 at best, however rounds fell."""
+    seconds = iter([8.0, 2.5, 3.0, 4.0, 1.0, 3.5, 9.0, 1.5, 9.0])
+    monkeypatch.setattr(measure, "_seconds", lambda work: (work(), next(seconds))[1])
+    cost = cost_of(load(str(model)).model, torch.arange(3, 40))
+    assert cost.decode_tokens_per_second == 32 / 2
+    assert cost.prompt_tokens_per_second == pytest.approx((512 - 33) / 4)

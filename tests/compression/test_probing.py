@@ -13,7 +13,7 @@ from luthier.calibration.inputs import linear_layers
 from luthier.calibration.sensitivity import mean_loss, replaced
 from luthier.compression.build import layer_matrix
 from luthier.compression.candidates import LayerFacts, Prober, layer_options, low_rank_options, option_of
-from luthier.compression.planning import allocated_plan, nf4_plan, uniform_plan
+from luthier.compression.planning import Table, allocated_plan, nf4_plan, uniform_plan
 from luthier.compression.probing import EACH, Probe, probed_names
 from luthier.compression.settings import Bits
 from luthier.compression.specs import Spec, rank_at, spec_bytes, whole
@@ -157,6 +157,19 @@ def test_plain_nf4_is_predicted_whatever_bits_are_allowed(folder: Path, bits: Bi
     uniform = uniform_plan(found.facts, [], found, 10**9)
     assert uniform is not None
     assert {spec.kind or spec.factors for spec in uniform.layers.values()} <= kinds
+
+
+def test_tables_of_different_widths_get_a_kind_that_both_can_have(prober: Prober) -> None:
+    wide = Table("embedding", (100, 64), {"bf16": 0.0, "q8_0": 0.001, "q4_0": 0.003, "nf4": 0.002})
+    narrow = Table("head", (100, 48), {"bf16": 0.0, "nf4": 0.004})
+    for tables in ([wide, narrow], [narrow, wide]):
+        plain = nf4_plan(prober.facts, tables, 0)
+        assert plain.tables == {"embedding": "nf4", "head": "nf4"}
+        assert plain.rise == pytest.approx(sum(one.errors["nf4"] for one in prober.facts) + 0.006, rel=1e-12)
+        assert set(nf4_plan(prober.facts, tables, 10**9).tables.values()) == {"bf16"}
+        uniform = uniform_plan(prober.facts, tables, prober, plain.size_bytes)
+        assert uniform is not None
+        assert set(uniform.tables.values()) == {"nf4"}
 
 
 def test_a_matrix_of_lower_rank_than_asked_for_is_kept() -> None:

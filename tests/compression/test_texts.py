@@ -137,6 +137,8 @@ def test_of_long_rows_as_many_are_read_as_are_needed(tmp_path: Path) -> None:
     read = read_file(str(data), TOKENIZER, window=64, enough=500, offline=True)
     assert len(read.texts) < 1000
     assert read.notes == ["Of data.jsonl the first 256 rows were read: as many as are needed."]
+    texts = texts_of(written(tmp_path / "own.txt", sentences(14, 100)), data)
+    assert read.notes[0] in texts.notes  # of what is measured on it is said too
 
 
 @pytest.mark.parametrize("piece", [5, 7, 64, 1000])

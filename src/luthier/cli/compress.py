@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from luthier.cli import flags
 from luthier.cli.evaluate import show_notes
+
+if TYPE_CHECKING:
+    from luthier.compression.report import Report
 
 
 def compress(
@@ -69,6 +72,10 @@ def compress(
         from luthier.compression.runner import compress as compress_model
 
         report = compress_model(settings, progress=progress)
+    _show(report, as_json)
+
+
+def _show(report: Report, as_json: bool) -> None:
     show_notes(report.notes)
     if as_json:
         typer.echo(json.dumps(report.to_json()))
@@ -77,4 +84,4 @@ def compress(
 
     print_candidates(report)
     typer.echo(report.sentence())
-    typer.echo(f"{out}: the model, report.html and report.json")
+    typer.echo(f"{report.out}: the model, report.html and report.json")

@@ -24,7 +24,7 @@ def print_candidates(report: Report) -> None:
         assert one.quality is not None
         assert one.cost is not None
         table.add_row(
-            f"{one.name}{', healed' if one.healed else ''}{'  <- the result' if one.name == report.chosen else ''}",
+            f"{one.name}{'  <- the result' if one.name == report.chosen else ''}",
             size_text(one.size_bytes),
             number_text(one.quality.perplexity),
             percent_text(one.quality.agreement),

@@ -46,12 +46,18 @@ class Teacher:
     head: Head
 
 
-@torch.no_grad()
-def teacher_of(model: PreTrainedModel, packs: Sequence[Pack]) -> Teacher:
+def known_head(model: PreTrainedModel) -> Head:
     """Raises ConfigError for a model whose head is not one that is known."""
     head = head_of(model)
     if head is None:
         raise ConfigError(f"healing needs a head that is known; {type(model).__name__} has another. Leave --heal out.")
+    return head
+
+
+@torch.no_grad()
+def teacher_of(model: PreTrainedModel, packs: Sequence[Pack]) -> Teacher:
+    """Raises what `known_head` raises."""
+    head = known_head(model)
     with evaluation_mode(model):
         hidden = [predicting_hidden(model, pack).to(torch.bfloat16) for pack in packs]
     linear = head.linear
@@ -136,8 +142,7 @@ def _schedule(step: int, steps: int) -> float:
 
 def _backward(model: PreTrainedModel, teacher: Teacher, chosen: Sequence[int]) -> float:
     """Add the gradients of the loss over the chosen packs; the loss."""
-    head = head_of(model)
-    assert head is not None
+    head = known_head(model)
     tokens = sum(teacher.packs[number].supervised_tokens for number in chosen)
     total = 0.0
     for number in chosen:

@@ -76,7 +76,7 @@ def _tiles(report: Report) -> list[Tile]:
 
 
 def _title(report: Report, one: Candidate) -> str:
-    return ("the result: " if one is report.result else "") + one.name + (", healed" if one.healed else "")
+    return ("the result: " if one is report.result else "") + one.name
 
 
 def _quality_row(report: Report, one: Candidate) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def _spectra(report: Report) -> list[dict[str, Any]]:
         values = spectrum(one)
         top = max(values[0], 1e-30)
         points = [
-            f"{100 * number / max(1, len(values) - 1):.1f} {min(40.0, -40 * _log(value / top) / DECADES):.1f}"
+            f"{100 * number / len(values):.1f} {min(40.0, -40 * _log(value / top) / DECADES):.1f}"
             for number, value in enumerate(values)
         ]
         spec = report.layers.get(one.name, Spec("whole"))

@@ -71,9 +71,10 @@ def tables_of(model: PreTrainedModel, packs: Sequence[Pack], prober: Prober, pro
         matrix = layers[name].matrix
         sharing = [layer for layer in layers.values() if layer.matrix is matrix]
         rises = {prober.sixteen: 0.0}
-        for number, kind in enumerate(_table_kinds(matrix.shape[1], prober)):
+        kinds = _table_kinds(matrix.shape[1], prober)
+        for number, kind in enumerate(kinds):
             if progress is not None:
-                progress("trying the embedding in fewer bits", number, 3)
+                progress(f"trying {name} in fewer bits", number, len(kinds))
             replace_table(model, name, kind)
             rises[kind] = max(LEAST_RISE, mean_loss(model, packs) - before)
             for layer in sharing:
@@ -137,14 +138,19 @@ def uniform_plan(
     for options in _families(facts, prober):
         if factored and not options[0].spec.rank:
             continue
-        for kind in tables[0].rises if tables else [""]:
+        for kind in _common_kinds(tables):
             size = sum(option.size_bytes for option in options) + sum(part_bytes(kind, *table.shape) for table in tables)
-            rise = sum(option.loss for option in options) + sum(table.rises.get(kind, 0.0) for table in tables)
+            rise = sum(option.loss for option in options) + sum(table.rises[kind] for table in tables)
             if size <= budget and (best is None or rise < best.rise):
                 layers = {one.name: option.spec for one, option in zip(facts, options, strict=True)}
                 name = "uniform in factors" if factored else "uniform"
                 best = Plan(name, layers, {table.name: kind for table in tables}, size, rise)
     return best
+
+
+def _common_kinds(tables: Sequence[Table]) -> list[str]:
+    """The kinds that every table can have, whose widths may differ; "" where there is no table."""
+    return [kind for kind in tables[0].rises if all(kind in one.rises for one in tables)] if tables else [""]
 
 
 def _families(facts: Sequence[LayerFacts], prober: Prober) -> Iterator[list[Option]]:
@@ -173,8 +179,8 @@ def nf4_plan(facts: Sequence[LayerFacts], tables: Sequence[Table], budget: int) 
     """
     layers = {one.name: whole("nf4") for one in facts}
     linear = sum(spec_bytes(layers[one.name], one.shape) for one in facts)
-    kinds = sorted(tables[0].rises, key=lambda kind: -part_bytes(kind, *tables[0].shape)) if tables else [""]
-    sizes = {kind: linear + sum(part_bytes(kind, *table.shape) for table in tables) for kind in kinds}
+    sizes = {kind: linear + sum(part_bytes(kind, *table.shape) for table in tables) for kind in _common_kinds(tables)}
+    kinds = sorted(sizes, key=lambda kind: -sizes[kind])
     kind = next((kind for kind in kinds if sizes[kind] <= budget), kinds[-1])
-    rise = sum(one.errors["nf4"] for one in facts) + sum(table.rises.get(kind, 0.0) for table in tables)
+    rise = sum(one.errors["nf4"] for one in facts) + sum(table.rises[kind] for table in tables)
     return Plan("plain nf4", layers, {table.name: kind for table in tables}, sizes[kind], rise)

@@ -24,7 +24,7 @@ SPECTRUM_POINTS = 48
 @dataclass
 class Candidate:
     """One model that was measured. loss: on the evaluation text; validation_loss: on the text that decided; expected_rise: of
-    the loss, before it was built. windows, task, footprint: what it did where it was measured."""
+    the loss, before it was built. healed: another one, trained. windows, task, footprint: what it did where it was measured."""
 
     name: str
     loss: float
@@ -43,7 +43,8 @@ class Candidate:
 
 @dataclass
 class Report:
-    """One run. form: "bitsandbytes" where others open the folder, else "luthier"; layers, tables: how each is stored."""
+    """One run. form: "bitsandbytes" where others open the folder, else "luthier"; layers, tables: how each is stored;
+    heal_steps: as many as were asked for, whether or not what they made is the result."""
 
     model: str
     budget_text: str
@@ -57,7 +58,7 @@ class Report:
     tables: dict[str, str]
     origin: str
     calibration_tokens: int
-    healed: int
+    heal_steps: int
     notes: list[str] = field(default_factory=list)
     peak_rss_bytes: int = 0
     seconds: float = 0.0
@@ -119,7 +120,7 @@ class Report:
         name = task_figure(result.task)
         own, before = result.task.metrics[name], original.task.metrics[name]
         found = (
-            f" On {result.task.rows} rows of the task its {TITLES[name]} is {figure_text(name, own)}, the original's "
+            f" On {result.task.rows} rows of the task this result's {TITLES[name]} is {figure_text(name, own)}, the original's "
             f"{figure_text(name, before)} ({_apart(name, result.task, original.task)})"
         )
         if plain is not None and plain is not result and plain.task is not None:
@@ -145,7 +146,7 @@ class Report:
             "kinds": kinds,
             "calibration": {"origin": self.origin, "tokens": self.calibration_tokens},
             "measured_on": self.measured_on,
-            "heal_steps": self.healed,
+            "heal_steps": self.heal_steps,
             "peak_rss_bytes": self.peak_rss_bytes,
             "seconds": self.seconds,
             "notes": self.notes,

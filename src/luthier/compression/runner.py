@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,18 @@ from luthier.calibration.sensitivity import mean_loss
 from luthier.compression.build import build
 from luthier.compression.candidates import LayerFacts, Prober
 from luthier.compression.footprint import footprint_of
-from luthier.compression.heal import Teacher, heal, healing_packs, teacher_of
-from luthier.compression.measure import Windows, cost_of, measure_windows, quality_of
+from luthier.compression.heal import Teacher, heal, healing_packs, known_head, teacher_of
+from luthier.compression.measure import cost_of, measure_windows, quality_of
 from luthier.compression.page import write_report
 from luthier.compression.planning import Plan, Table, allocated_plan, fixed_bytes, nf4_plan, tables_of, uniform_plan
 from luthier.compression.preflight import Survey, survey
-from luthier.compression.report import PLAIN, Candidate, Report
+from luthier.compression.report import ORIGINAL, PLAIN, Candidate, Report
 from luthier.compression.settings import CompressSettings
 from luthier.compression.tasks import measure_task
 from luthier.compression.texts import Texts, read_texts
 from luthier.compression.walk import Group, walk, weighted_groups
 from luthier.config import Storage
-from luthier.disk import staged_folder
+from luthier.disk import STAGING_PREFIX, staged_folder
 from luthier.errors import ConfigError, PreflightError
 from luthier.models.compressed_description import is_compressed
 from luthier.models.compressed_folder import stored_bytes, write_compressed
@@ -41,20 +41,17 @@ WORK = ".work"
 
 @dataclass
 class _Job:
-    """What the stages of one run hand on to each other."""
+    """What the stages of one run hand on to each other. found: what was known before any weight was read."""
 
     settings: CompressSettings
     stage: Path
     progress: Progress | None
-    sixteen: Storage
+    found: Survey
     texts: Texts
     groups: list[Group]
-    facts: list[LayerFacts]
-    tables: list[Table]
-    budget: int
-    original: Windows
+    original: Candidate
     teacher: Teacher | None
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
 
     def say(self, stage: str) -> Progress | None:
         """Progress whose stages say of which model they are."""
@@ -83,7 +80,7 @@ def compress(settings: CompressSettings, progress: Progress | None = None) -> Re
             report.seconds = time.monotonic() - began
             write_report(stage, report)
     except OSError as error:
-        if not _is_of_writing(error, settings.out.parent):
+        if not _is_of_writing(error, settings.out):
             raise
         raise PreflightError(
             f"{settings.out} could not be written: {error.strerror or error}. Check the folder and the disk's free space."
@@ -99,51 +96,71 @@ def _place(stage: Path, out: Path) -> None:
 
 
 def _run(settings: CompressSettings, found: Survey, stage: Path, progress: Progress | None) -> Report:
-    sixteen, budget, notes = found.sixteen, found.budget, [*found.notes]
-    loaded, texts = _load_with_texts(settings, sixteen, progress)
-    model = loaded.model
+    loaded, texts = _load_with_texts(settings, found.sixteen, progress)
+    if settings.heal:
+        known_head(loaded.model)  # which healing would miss only after all else
     release_free_memory()  # of whole files in tokens, windows are kept
-    original = measure_windows(model, texts.evaluation)
-    before = Candidate("original", original.mean_loss, _mean(model, texts), 0.0, stored_bytes(model), windows=original)
-    before.quality, before.cost = quality_of(original, original), cost_of(model, texts.evaluation[0].ids)
-    if texts.task is not None:
-        before.task = measure_task(model, loaded.tokenizer, texts.task, progress)
-    groups = weighted_groups(model, texts.calibration, progress)
+    notes = [*found.notes, *loaded.notes, *texts.notes]
+    original = _measured_original(loaded, texts, progress)
+    groups = weighted_groups(loaded.model, texts.calibration, progress)
     release_free_memory()
-    prober = Prober(model, settings.bits, sixteen, groups, texts.validation)
+    prober, plans = _planned(settings, found, loaded.model, texts, groups, progress)
+    teacher = _teacher(loaded.model, texts, settings.heal) if settings.heal else None
+    job = _Job(settings, stage, progress, found, texts, groups, original, teacher, notes)
+    candidates = [original, _build(job, loaded, plans[0])]
+    del loaded, prober.model
+    for plan in plans[1:]:
+        release_free_memory()
+        candidates.append(_build(job, load(settings.model, base=found.sixteen, offline=settings.offline), plan))
+    chosen = _finish(job, _fitting(candidates[1:], found.budget, settings.bits))
+    if chosen.healed:
+        candidates.append(chosen)
+    if settings.footprints:
+        _add_footprints(job, chosen, next(one for one in candidates if one.name == PLAIN))
+    _remove_work(stage)
+    return _report(job, candidates, chosen, prober.facts)
+
+
+def _measured_original(loaded: Loaded, texts: Texts, progress: Progress | None) -> Candidate:
+    model = loaded.model
+    windows = measure_windows(model, texts.evaluation)
+    found = Candidate(ORIGINAL, windows.mean_loss, _mean(model, texts), 0.0, stored_bytes(model), windows=windows)
+    found.quality, found.cost = quality_of(windows, windows), cost_of(model, texts.evaluation[0].ids)
+    if texts.task is not None:
+        found.task = measure_task(model, loaded.tokenizer, texts.task, progress)
+    return found
+
+
+def _planned(
+    settings: CompressSettings, found: Survey, model: Any, texts: Texts, groups: list[Group], progress: Progress | None
+) -> tuple[Prober, list[Plan]]:
+    """What every layer could become, and the plans that are built."""
+    prober = Prober(model, settings.bits, found.sixteen, groups, texts.validation)
     walk(model, texts.calibration, groups, prober.visit, changes=False, progress=progress, stage="trying every layer")
     prober.measure()
     tables = tables_of(model, texts.validation, prober, progress)
-    plans = _plans(prober, tables, budget - fixed_bytes(model), heals=settings.heal > 0)
-    teacher = _teacher(model, texts, settings.heal) if settings.heal else None
-    job = _Job(settings, stage, progress, sixteen, texts, groups, prober.facts, tables, budget, original, teacher, notes)
-    notes += [*loaded.notes, *texts.notes]
-    candidates = [before, _build(job, loaded, plans[0])]
-    del loaded, model, prober.model
-    for plan in plans[1:]:
-        release_free_memory()
-        candidates.append(_build(job, load(settings.model, base=sixteen, offline=settings.offline), plan))
-    fitting = _fitting(candidates[1:], budget, settings.bits)
-    chosen, form = _finish(job, fitting)
-    if settings.footprints:
-        _add_footprints(job, before, chosen, next(one for one in candidates if one.name == PLAIN))
-    _remove_work(stage)
+    return prober, _plans(prober, tables, found.budget - fixed_bytes(model), heals=settings.heal > 0)
+
+
+def _report(job: _Job, candidates: list[Candidate], chosen: Candidate, facts: list[LayerFacts]) -> Report:
+    settings, texts = job.settings, job.texts
+    assert chosen.plan is not None
     return Report(
         model=settings.model,
         budget_text=settings.budget.text,
-        budget_bytes=budget,
+        budget_bytes=job.found.budget,
         bits=settings.bits,
-        form=form,
+        form="luthier" if is_compressed(job.stage) else "bitsandbytes",
         candidates=candidates,
         chosen=chosen.name,
-        facts=prober.facts,
-        layers=chosen.plan.layers if chosen.plan else {},
-        tables=chosen.plan.tables if chosen.plan else {},
+        facts=facts,
+        layers=chosen.plan.layers,
+        tables=chosen.plan.tables,
         origin=texts.origin,
         measured_on=texts.measured_on,
         calibration_tokens=texts.calibration_tokens,
-        healed=settings.heal,
-        notes=notes,
+        heal_steps=settings.heal,
+        notes=job.notes,
         peak_rss_bytes=peak_rss_bytes(),
         out=str(settings.out),
     )
@@ -195,19 +212,20 @@ def _build(job: _Job, loaded: Loaded, plan: Plan) -> Candidate:
 
 
 def _measure(job: _Job, loaded: Loaded, found: Candidate) -> None:
-    model, task = loaded.model, job.texts.task
+    model, task, original = loaded.model, job.texts.task, job.original.windows
+    assert original is not None
     found.windows = measure_windows(model, job.texts.evaluation)
-    found.quality = quality_of(found.windows, job.original)
+    found.quality = quality_of(found.windows, original)
     found.cost = cost_of(model, job.texts.evaluation[0].ids)
     found.loss = found.quality.loss
     if task is not None:
         found.task = measure_task(model, loaded.tokenizer, task, job.say(found.name))
 
 
-def _add_footprints(job: _Job, original: Candidate, chosen: Candidate, plain: Candidate) -> None:
+def _add_footprints(job: _Job, chosen: Candidate, plain: Candidate) -> None:
     """Memory of the original, of plain NF4 and of the result; where it cannot be measured, a note says why."""
     settings = job.settings
-    models = [(original, settings.model, job.sixteen), (chosen, str(job.stage), None)]
+    models = [(job.original, settings.model, job.found.sixteen), (chosen, str(job.stage), None)]
     if plain is not chosen:
         models.append((plain, str(plain.folder), None))
     for number, (one, model, base) in enumerate(models):
@@ -233,8 +251,8 @@ def _fitting(candidates: list[Candidate], budget: int, bits: str) -> list[Candid
     return sorted(fitting, key=lambda one: one.validation_loss)
 
 
-def _finish(job: _Job, fitting: list[Candidate]) -> tuple[Candidate, str]:
-    """The result and its form, its files where they are to be. fitting: the best first.
+def _finish(job: _Job, fitting: list[Candidate]) -> Candidate:
+    """The result, its files where they are to be. fitting: the best first.
 
     Healing is tried on the best that has factors, else on the best, and kept where that is then the best of all.
     """
@@ -243,30 +261,31 @@ def _finish(job: _Job, fitting: list[Candidate]) -> tuple[Candidate, str]:
         candidate = next((one for one in fitting if one.plan is not None and _has_factors(one.plan)), best)
         healed = _healed(job, job.teacher, candidate, best)
         if healed is not None:
-            return candidate, healed
+            return healed
     assert best.folder is not None
     for path in sorted(best.folder.iterdir()):
         shutil.move(path, job.stage / path.name)
-    return best, "luthier" if is_compressed(job.stage) else "bitsandbytes"
+    return best
 
 
-def _healed(job: _Job, teacher: Teacher, candidate: Candidate, best: Candidate) -> str | None:
-    """Heal the candidate and write it as the result; None, with a note, where another is still better."""
+def _healed(job: _Job, teacher: Teacher, candidate: Candidate, best: Candidate) -> Candidate | None:
+    """The candidate after healing, written as the result; None, with a note, where another is still better."""
     loaded = load(str(candidate.folder))
     model = loaded.model
     settings = job.settings
     heal(model, teacher, settings.heal, seed=settings.seed, progress=job.say("healing"))
     before, after = candidate.validation_loss, _mean(model, job.texts)
-    if after >= best.validation_loss:
+    if not after < best.validation_loss:  # nor is NaN
         job.notes.append(
             f"Healing {candidate.name} took its loss on kept-out text from {before:.4f} to {after:.4f}, and {best.name} "
             f"without healing has {best.validation_loss:.4f}: healing was dropped."
         )
         return None
-    form = write_compressed(job.stage, model, loaded.tokenizer, origin=settings.model)
-    candidate.validation_loss, candidate.healed, candidate.size_bytes = after, True, _weights_bytes(job.stage)
-    _measure(job, loaded, candidate)
-    return form
+    write_compressed(job.stage, model, loaded.tokenizer, origin=settings.model)
+    found = replace(candidate, name=f"{candidate.name}, healed", healed=True, validation_loss=after, folder=None)
+    found.size_bytes = _weights_bytes(job.stage)
+    _measure(job, loaded, found)
+    return found
 
 
 def _has_factors(plan: Plan) -> bool:
@@ -277,8 +296,11 @@ def _remove_work(stage: Path) -> None:
     shutil.rmtree(stage / WORK)
 
 
-def _is_of_writing(error: OSError, folder: Path) -> bool:
-    """Whether the error is of a full disk, or of a file that stands in `folder`."""
+def _is_of_writing(error: OSError, out: Path) -> bool:
+    """Whether the error is of a full disk, or of what is to become `out`, and not of a file that is read."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    return isinstance(error.filename, str) and Path(error.filename).absolute().is_relative_to(folder.absolute())
+    if not isinstance(error.filename, str):
+        return False
+    path, folder = Path(error.filename).absolute(), out.absolute().parent
+    return path == folder or (path.is_relative_to(folder) and path.relative_to(folder).parts[0].startswith(STAGING_PREFIX))

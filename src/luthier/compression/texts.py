@@ -72,6 +72,23 @@ class _Source:
     in_order: bool
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """windows: what is reported on; where: they come from, in words; path: their file; rows: those that can be a task;
+    in_order: each window continues the one before it."""
+
+    windows: list[_Window]
+    where: str
+    path: str
+    rows: list[Example]
+    in_order: bool
+
+    @property
+    def texts(self) -> list[list[int]]:
+        """No part of these may be calibrated on."""
+        return [*_texts_of(self.windows, self.in_order), *(one.ids for one in self.windows)]
+
+
 def read_texts(
     settings: CompressSettings,
     model: PreTrainedModel | None,
@@ -88,35 +105,42 @@ def read_texts(
     notes: list[str] = []
     source = _calibration_source(settings, model, tokenizer, wanted, notes, progress)
     if settings.eval_data is not None:
-        tokens = settings.eval_windows * settings.window
-        read = read_file(
-            settings.eval_data, tokenizer, window=settings.window, enough=tokens, rows=TASK_ROWS, offline=settings.offline
-        )
-        evaluation = _windows(read, settings.window)
-        measured, rest = evaluation[: settings.eval_windows], evaluation[settings.eval_windows :]
-        measured_on, path, goes_on = read.name, settings.eval_data, read.is_plain
-        rows = [row for window in (*measured, *rest) for row in window.rows]
+        measured = _read_measured(settings, settings.eval_data, tokenizer, notes)
     else:
-        left, measured = _parted(source, EVALUATION_SHARE, settings.eval_windows)
-        source = _Source(source.name, left, source.in_order)
-        measured_on, path = f"a part of {source.name} that was kept out of calibration", settings.data or ""
-        goes_on = source.in_order
-        rows = [row for window in measured for row in window.rows]
+        source, measured = _kept_out(settings, source)
+    rows, path = measured.rows, measured.path
     task, asked = task_of(path, rows, tokenizer, settings.window, offline=settings.offline) if rows else (None, [])
-    held = [*_texts_of(measured, goes_on), *(one.ids for one in measured), *(row.ids for row in asked)]
-    source = _without(source, held, settings.window, measured_on, notes)
+    source = _without(source, [*measured.texts, *(row.ids for row in asked)], settings.window, measured.where, notes)
     calibration, validation, left = _divided(source, wanted)
-    _check(len(calibration) + len(validation), bool(calibration and validation and measured), settings)
+    _check(len(calibration) + len(validation), bool(calibration and validation and measured.windows), settings)
     return Texts(
         [one.pack() for one in calibration],
         [one.pack() for one in validation],
-        [one.pack() for one in measured],
+        [one.pack() for one in measured.windows],
         source.name,
-        measured_on,
+        measured.where,
         task,
         [*notes, *([task.note] if task else [])],
         [one.pack() for one in left],
     )
+
+
+def _read_measured(settings: CompressSettings, path: str, tokenizer: PreTrainedTokenizerBase, notes: list[str]) -> _Measured:
+    """The first windows of a file of their own; a task may take rows that stand behind them too."""
+    tokens = settings.eval_windows * settings.window
+    read = read_file(path, tokenizer, window=settings.window, enough=tokens, rows=TASK_ROWS, offline=settings.offline)
+    notes += read.notes
+    windows = _windows(read, settings.window)
+    rows = [row for window in windows for row in window.rows]
+    return _Measured(windows[: settings.eval_windows], read.name, path, rows, read.is_plain)
+
+
+def _kept_out(settings: CompressSettings, source: _Source) -> tuple[_Source, _Measured]:
+    """What is left of the calibration text, and a part of it to measure on."""
+    left, windows = _parted(source, EVALUATION_SHARE, settings.eval_windows)
+    rows = [row for window in windows for row in window.rows]
+    where = f"a part of {source.name} that was kept out of calibration"
+    return _Source(source.name, left, source.in_order), _Measured(windows, where, settings.data or "", rows, source.in_order)
 
 
 def _calibration_source(
