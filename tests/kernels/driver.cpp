@@ -110,7 +110,7 @@ std::vector<float> run(int kind, std::int64_t T, std::int64_t N, std::int64_t K,
   const auto A = random_floats(std::size_t(r * K)), B = random_floats(std::size_t(N * r));
   std::vector<float> y(std::size_t(T * N)), u(std::size_t(T * r)), dx(std::size_t(T * K)), v(std::size_t(T * r));
   std::vector<float> dB(std::size_t(N * r));
-  lt_linear part{&stored.matrix, bias.data(), A.data(), B.data(), r, 0.5f, y.data(), u.data(), dy.data(), v.data()};
+  lt_linear part{&stored.matrix, bias.data(), A.data(), B.data(), r, 0.5f, y.data(), u.data(), dy.data(), v.data(), nullptr};
   if (lt_linear_forward(x.data(), T, &part, 1, threads) || lt_linear_backward_input(dx.data(), T, &part, 1, threads) ||
       lt_outer(u.data(), r, dy.data(), N, T, 0.5f, dB.data(), 1, threads)) {
     std::printf("FAILED %s: an entry refused its arguments\n", kinds[kind].name);

@@ -99,15 +99,21 @@ void head() {
   put(losses), put(dhidden);
 }
 
-void attention() {
-  const i64 starts[5] = {0, 10, 90, 95, 130}, parents[4] = {-1, 0, 1, 0}, tokens = 130, q_size = tokens * 4 * 16, kv_size = tokens * 2 * 16;
-  const lt_attention a = {4, 2, 16, 0.25f, 3, 40, 4, starts, parents, 0, nullptr};
-  const auto q = take(q_size), k = take(kv_size), v = take(kv_size), d = take(q_size);
-  std::vector<float> out(q_size), lse(tokens * 4), dq(q_size), dk(kv_size), dv(kv_size);
-  must(lt_attention_forward(&a, q.data(), k.data(), v.data(), out.data(), lse.data(), kThreads));
-  must(lt_attention_backward(&a, d.data(), q.data(), k.data(), v.data(), out.data(), lse.data(), dq.data(), dk.data(),
-                             dv.data(), kThreads));
+// The first rows of q and d are those of the tokens in `rows`; without rows of all.
+void attention(const lt_attention& a, const float* q, const float* k, const float* v, const float* d) {
+  const i64 tokens = a.starts[a.segments], queries = a.rows == nullptr ? tokens : a.queries;
+  std::vector<float> out(queries * a.heads * a.size), lse(queries * a.heads), dq(out.size());
+  std::vector<float> dk(tokens * a.kv_heads * a.size), dv(dk.size());
+  must(lt_attention_forward(&a, q, k, v, out.data(), lse.data(), kThreads));
+  must(lt_attention_backward(&a, d, q, k, v, out.data(), lse.data(), dq.data(), dk.data(), dv.data(), kThreads));
   put(out), put(lse), put(dq), put(dk), put(dv);
+}
+
+void attention() {
+  const i64 starts[5] = {0, 10, 90, 95, 130}, parents[4] = {-1, 0, 1, 0}, rows[7] = {2, 3, 9, 40, 93, 94, 129};
+  const auto q = take(130 * 4 * 16), k = take(130 * 2 * 16), v = take(130 * 2 * 16), d = take(130 * 4 * 16);
+  attention({4, 2, 16, 0.25f, 3, 40, 4, starts, parents, 0, nullptr}, q.data(), k.data(), v.data(), d.data());
+  attention({4, 2, 16, 0.25f, 3, 0, 4, starts, parents, 7, rows}, q.data(), k.data(), v.data(), d.data());
 }
 
 void quantize() {

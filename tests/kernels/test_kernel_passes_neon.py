@@ -56,9 +56,12 @@ def inputs_and_expected() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     targets = torch.arange(9) * 7 % 50
     expected += head._reference(hidden, [weight], [0, 50, 32, 0, 1], [0.0, 1.0], None, targets, 0.7, 5.0, 0.1, True)
     q, k, v, dout = (torch.randn(130, heads, 16) for heads in (4, 2, 2, 4))
-    segments, options = (torch.tensor([0, 10, 90, 95, 130]), torch.tensor([-1, 0, 1, 0])), (0.25, 3.0, 40)
-    out, lse = attention._forward_reference(q, k, v, *segments, *options)
-    expected += [out, lse, *attention._backward_reference(dout, q, k, v, *segments, out, lse, *options)]
+    segments = torch.tensor([0, 10, 90, 95, 130]), torch.tensor([-1, 0, 1, 0])
+    for rows, window in ((None, 40), (torch.tensor([2, 3, 9, 40, 93, 94, 129]), 0)):
+        own, options = slice(None if rows is None else len(rows)), (0.25, 3.0, window)
+        out, lse = attention._forward_reference(q[own], k, v, *segments, rows, *options)
+        gradients = attention._backward_reference(dout[own], q[own], k, v, *segments, rows, out, lse, *options)
+        expected += [out, lse, *gradients]
     matrix = torch.randn(4, 256)
     expected += [*quantisers.nf4_quantize(matrix)]
     expected += [quantisers.gguf_quantize(matrix, kind) for kind in quantize.GGUF_FORMATS]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.autograd import profiler
@@ -13,6 +14,7 @@ from luthier.kernels import native
 _library = torch.library.Library("luthier", "DEF")
 _ops: dict[str, Op] = {}
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_NUMBERS = (int, float, bool)
 
 
 @dataclass
@@ -63,18 +65,35 @@ def _direct(dispatched: Callable, on_cpu: Callable) -> Callable:
     """
 
     def call(*arguments):
-        first = arguments[0][0] if isinstance(arguments[0], list) else arguments[0]
-        plain = type(first) in _PLAIN and first.is_cpu and not torch.is_grad_enabled()
-        if not plain or _watched():
+        if torch.is_grad_enabled() or _is_watched() or not all(map(_is_plain, arguments)):
             return dispatched(*arguments)
         return on_cpu(*arguments)
 
     return call
 
 
-def _watched() -> bool:
-    """Whether something looks on at the dispatcher: a mode, a compiler, a profiler."""
-    return bool(torch._C._len_torch_dispatch_stack()) or torch.compiler.is_compiling() or profiler._is_profiler_enabled
+def _is_watched() -> bool:
+    """Whether something looks on at the dispatcher: a compiler or tracer, a mode, a transform such as vmap, a profiler."""
+    c = torch._C
+    return bool(
+        torch.compiler.is_compiling()
+        or c._len_torch_dispatch_stack()
+        or c._len_torch_function_stack()
+        or c._are_functorch_transforms_active()
+        or c._is_tracing()
+        or profiler._is_profiler_enabled
+    )
+
+
+def _is_plain(argument: Any) -> bool:
+    """Whether every tensor in the argument is of torch's own class and on the CPU."""
+    kind = type(argument)
+    if kind in _PLAIN:
+        return argument.is_cpu
+    if kind is not list:
+        return argument is None or kind in _NUMBERS
+    # Lists are of tensors or of numbers, never of both.
+    return not argument or type(argument[0]) in _NUMBERS or all(map(_is_plain, argument))
 
 
 def registered_ops() -> list[Op]:

@@ -16,7 +16,7 @@ from luthier.data.read import open_source
 from luthier.errors import ConfigError, PreflightError
 from luthier.linear import LowRankTerm, count_numbers
 from luthier.matrices import GGUFMatrix, NF4Matrix
-from luthier.models.load import check_finite, fingerprint, load, load_tokenizer
+from luthier.models.load import Loaded, check_finite, fingerprint, load, load_tokenizer
 from luthier.models.smollm2 import HUB_NAME
 from luthier.models.source import ModelSource
 from luthier.training.depth import frozen_layers, refuse_cache, refuse_entry
@@ -145,14 +145,8 @@ def read_model(
     the run goes on and this is not its base model; start: what its terms started from then, None where that is made anew.
     Raises ModelError, AdapterError, PreflightError.
     """
-    loaded = load(config.model, base=config.storage, nf4=config.nf4_options, offline=config.offline, progress=listener.stage)
-    model = loaded.model
-    for note in loaded.notes:
-        listener.note(note)
-    check_finite(model)
-    _check_method_fits(config, model)
-    check_rows_fit(model, data)
-    base = fingerprint(model)
+    loaded = _load_checked(config, data, listener)
+    model, base = loaded.model, fingerprint(loaded.model)
     if refuse_base is not None:
         refuse_base(base)
     config = _resolved(config, model, len(data.train.examples))
@@ -170,6 +164,17 @@ def read_model(
         refuse_cache(prepared.frozen_layers, total_examples(config, rows), rows)
         refuse_entry(model)
     return prepared
+
+
+def _load_checked(config: RunConfig, data: RunData, listener: Listener) -> Loaded:
+    """The base model as the configuration stores it, every number finite, its vocabulary and positions enough for the rows."""
+    loaded = load(config.model, base=config.storage, nf4=config.nf4_options, offline=config.offline, progress=listener.stage)
+    for note in loaded.notes:
+        listener.note(note)
+    check_finite(loaded.model)
+    _check_method_fits(config, loaded.model)
+    check_rows_fit(loaded.model, data)
+    return loaded
 
 
 def identity_of(prepared: RunModel, data: RunData) -> Identity:

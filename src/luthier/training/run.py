@@ -49,6 +49,7 @@ from luthier.training.reserve import reopen, reserve, reserve_default
 from luthier.training.result import RunResult
 from luthier.training.run_index import changed_files
 from luthier.training.rundir import RunDir
+from luthier.training.state import Identity
 
 __all__ = ["RunResult", "resume", "train"]
 
@@ -121,21 +122,8 @@ def resume(run_dir: Path | str, *, listener: Listener | None = None, weights_onl
         run.remove_leftovers()
         remove_staging(run.checkpoints)
         checkpoint = read_newest(run.checkpoints, weights_only=weights_only, note=notes.add)
-        checkpoint.identity.refuse_other_config(config.model_dump(mode="json"))
-        check_data_is_there(config)
-        check_optimizer(config)
-        data = read_data(config, listener)
-        held_out = data.held_out.manifest["sha256"] if data.held_out else None
-        checkpoint.identity.refuse_other_data(data.train.manifest["sha256"], held_out)
-        sha256 = checkpoint.identity.initial_sha256
-        start = read_start(path / rundir.INITIAL, sha256) if sha256 else None
-        plan = make_plan(config, data, listener, started=start is not None)
-        _require_fit_resumed(plan, path)
-        listener.note(plan.line())
-        with _memory_explained(lambda: explain_out_of_memory_loading(config)):
-            refuse_base = checkpoint.identity.refuse_other_base
-            prepared = read_model(config, data, listener, refuse_base=refuse_base, start=start)
-            prepared.start = start = None
+        data = _read_data_again(config, checkpoint.identity, listener)
+        prepared, plan = _prepare_again(path, config, data, checkpoint.identity, listener)
         with (
             _memory_explained(lambda: explain_out_of_memory_resumed(path / rundir.CONFIG, plan.recompute_layers, plan.layers)),
             _running(notes) as interrupts,
@@ -147,6 +135,31 @@ def resume(run_dir: Path | str, *, listener: Listener | None = None, weights_onl
             if weights_only:
                 notes.add(f"going on from the weights of step {job.state.step} with a fresh optimiser.")
             return _carry_out(job, started)
+
+
+def _read_data_again(config: RunConfig, identity: Identity, listener: Listener) -> RunData:
+    """The data of a run that goes on. Raises CheckpointError where they or the configuration have changed."""
+    identity.refuse_other_config(config.model_dump(mode="json"))
+    check_data_is_there(config)
+    check_optimizer(config)
+    data = read_data(config, listener)
+    held_out = data.held_out.manifest["sha256"] if data.held_out else None
+    identity.refuse_other_data(data.train.manifest["sha256"], held_out)
+    return data
+
+
+def _prepare_again(
+    path: Path, config: RunConfig, data: RunData, identity: Identity, listener: Listener
+) -> tuple[RunModel, Plan]:
+    """The model of a run that goes on, as it was before its first step, and what the plan says for this machine now."""
+    start = read_start(path / rundir.INITIAL, identity.initial_sha256) if identity.initial_sha256 else None
+    plan = make_plan(config, data, listener, started=start is not None)
+    _require_fit_resumed(plan, path)
+    listener.note(plan.line())
+    with _memory_explained(lambda: explain_out_of_memory_loading(config)):
+        prepared = read_model(config, data, listener, refuse_base=identity.refuse_other_base, start=start)
+    prepared.start = None
+    return prepared, plan
 
 
 def _finished(path: Path, listener: Listener) -> RunResult:

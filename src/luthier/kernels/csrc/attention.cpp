@@ -49,8 +49,8 @@ bool fits(const lt_attention& a) {
   for (std::int64_t i = 0; rising && a.rows != nullptr && i < a.queries; ++i) {
     rising = a.rows[i] >= (i == 0 ? 0 : a.rows[i - 1] + 1) && a.rows[i] < a.starts[a.segments];
   }
-  return rising && a.queries >= 0 && a.kv_heads > 0 && a.heads > 0 && a.heads % a.kv_heads == 0 && a.size % 16 == 0 && a.size > 0 &&
-         a.size <= kMostHead && a.window >= 0;
+  return rising && a.queries >= 0 && a.kv_heads > 0 && a.heads > 0 && a.heads % a.kv_heads == 0 && a.size % 16 == 0 &&
+         a.size > 0 && a.size <= kMostHead && a.window >= 0;
 }
 
 // What has no rows has nothing to point at.

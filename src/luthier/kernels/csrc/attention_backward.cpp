@@ -24,8 +24,8 @@ void copy_rows(const float* from, std::int64_t from_stride, float* to, std::int6
 // The queries [from, end), by the heads [head, last_head) of one group, against the keys of `keys`; adds to dq,
 // and adds to dk and dv or, with `begin`, writes them. Those of a tile stay in the nearest cache while all that see it are
 // gone through.
-void meet(const Round& round, const AttentionGradients& g, const Queries* from, const Queries* end, const Span& keys, std::int64_t head,
-          std::int64_t last_head, const KeyGradients& to, bool begin) {
+void meet(const Round& round, const AttentionGradients& g, const Queries* from, const Queries* end, const Span& keys,
+          std::int64_t head, std::int64_t last_head, const KeyGradients& to, bool begin) {
   const Pack& pack = round.pack;
   const AttentionShape& s = pack.shape;
   float* tile_dk = Scratch<KeyTileScratch>::get<float>(std::size_t(2 * kTile * s.size));
