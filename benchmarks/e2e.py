@@ -61,7 +61,7 @@ def measure(run: str, options: argparse.Namespace) -> dict[str, Any]:
     config = make_config(read_config(Path(run)))
     request = Request(
         run, None, None, vs_base=False, storage=None, data=[options.data], guards=[], metrics=("loss", "bleu"), labels=None,
-        json_schema=None, max_length=1024, on_long="error",
+        json_schema=None, max_length=1024, on_long="error", data_cache=False,
         max_new_tokens=options.max_new_tokens, rows=options.rows, offline=True,
     )  # fmt: skip
     found = compare(request, lambda stage, done, total: None)
