@@ -47,7 +47,9 @@ def define_op(
             if not native.use_native():
                 return reference(*arguments)
             op.native_calls += 1
-            return native_call(*arguments)
+            results = native_call(*arguments)
+            native.keep(arguments, results)
+            return results
 
         _library.impl(name, on_cpu, "CPU")
     return getattr(torch.ops.luthier, name).default

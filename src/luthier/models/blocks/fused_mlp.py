@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from luthier.kernels import native
 from luthier.kernels.elementwise_ops import gated_backward_op, gated_op, rms_norm_backward_op, rms_norm_op
 from luthier.models.blocks.description import MlpHalf, Norm
 from luthier.models.blocks.linears import FirstAtRows, Linears, linears_of
@@ -45,6 +46,7 @@ def _gate_and_up(outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 class _FusedMlp(torch.autograd.Function):
     @staticmethod
+    @native.together()
     def forward(ctx: Any, x: Tensor, plan: _Plan, *small: Tensor | None) -> Tensor:
         first, second = small[: plan.projections.small_count], small[plan.projections.small_count :]
         wants_dx, wants_first, wants_second = _wants(ctx, plan)
@@ -67,10 +69,12 @@ class _FusedMlp(torch.autograd.Function):
             *plan.down.kept_inner(inner_down, wants_second),
             *small,
         )
+        native.run_waiting()
         return y.add_(x)
 
     @staticmethod
     @once_differentiable
+    @native.together()
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         plan: _Plan = ctx.plan
         x, kept_y, inverse, *rest = ctx.saved_tensors
@@ -87,10 +91,13 @@ class _FusedMlp(torch.autograd.Function):
         dact, second_gradients = plan.down.backward([dy], act, [inner_down], second, wants_second, below)
         if not below:
             return None, None, *[None] * len(first), *second_gradients
+        native.run_waiting()  # which lets go of act, one of the largest tensors
         del act, dy
         pieces = list(gated_backward_op(dact, *_gate_and_up(outputs), plan.gate))
         del dact, outputs
-        pieces = pieces if ctx.outputs == 2 else [torch.cat(pieces, 1)]
+        if ctx.outputs == 1:
+            native.run_waiting()
+            pieces = [torch.cat(pieces, 1)]
         dx, first_gradients = norm_and_linears_backward(
             plan.norm, plan.projections, x, pieces, inner, first, wants_first, dout if wants_dx else None
         )
