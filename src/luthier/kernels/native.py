@@ -186,7 +186,10 @@ def together() -> Iterator[None]:
 
 
 def run_waiting() -> None:
-    """Run the kernels that wait, so that their results may be used."""
+    """Run the kernels that wait, so that their results may be used, and let go of the tensors that were held for them.
+
+    Call it before a `del` of a large tensor, too: otherwise its memory is not free for those that come next.
+    """
     calls = _waiting.calls
     if not calls:
         return
@@ -194,6 +197,11 @@ def run_waiting() -> None:
         run(*arguments)
     calls.clear()
     _waiting.kept.clear()
+
+
+def are_waiting() -> bool:
+    """Whether kernels that are called now wait: within `together`."""
+    return _waiting.calls is not None
 
 
 def keep(*objects: object) -> None:

@@ -75,6 +75,7 @@ class _FusedAttention(torch.autograd.Function):
         wants_dx, wants_first, wants_second = _wants(ctx, plan)
         _, normed, _ = rms_norm_op(x, None, half.norm.weight, half.norm.plus, half.norm.eps)
         outputs, inner = plan.projections.forward(normed, first)
+        native.run_waiting()
         del normed
         q, k, v = kept = _heads(outputs, plan)
         del outputs
@@ -126,10 +127,10 @@ class _FusedAttention(torch.autograd.Function):
             return None, None, *[None] * len(first), *second_gradients
         assert dattended is not None
         dq, dk, dv = _attention_backward(plan, dattended.view_as(attended), q, k, v, attended, lse)
+        native.run_waiting()
         del dy, o_input, dattended, attended
         pieces = [piece.flatten(1) for piece in (dq, dk, dv)]
         if projections.count == 1:
-            native.run_waiting()
             pieces = [torch.cat([_from_rows(pieces[0], plan.rows, len(k)), *pieces[1:]], 1)]
         dresidual = _from_rows(dout, plan.rows, len(k)) if wants_dx else None
         dx, first_gradients = norm_and_linears_backward(half.norm, projections, x, pieces, inner, first, wants_first, dresidual)

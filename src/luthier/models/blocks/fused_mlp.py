@@ -52,6 +52,7 @@ class _FusedMlp(torch.autograd.Function):
         wants_dx, wants_first, wants_second = _wants(ctx, plan)
         _, normed, _ = rms_norm_op(x, None, plan.norm.weight, plan.norm.plus, plan.norm.eps)
         outputs, inner = plan.projections.forward(normed, first)
+        native.run_waiting()
         del normed
         (y,), inner_down = plan.down.forward(gated_op(*_gate_and_up(outputs), plan.gate), second)
         kept_y = inverse = None
@@ -91,13 +92,12 @@ class _FusedMlp(torch.autograd.Function):
         dact, second_gradients = plan.down.backward([dy], act, [inner_down], second, wants_second, below)
         if not below:
             return None, None, *[None] * len(first), *second_gradients
-        native.run_waiting()  # which lets go of act, one of the largest tensors
+        native.run_waiting()
         del act, dy
         pieces = list(gated_backward_op(dact, *_gate_and_up(outputs), plan.gate))
+        native.run_waiting()
         del dact, outputs
-        if ctx.outputs == 1:
-            native.run_waiting()
-            pieces = [torch.cat(pieces, 1)]
+        pieces = pieces if ctx.outputs == 2 else [torch.cat(pieces, 1)]
         dx, first_gradients = norm_and_linears_backward(
             plan.norm, plan.projections, x, pieces, inner, first, wants_first, dout if wants_dx else None
         )
