@@ -11,9 +11,8 @@ from transformers.pytorch_utils import Conv1D
 from luthier.adapters.targets import is_inside, named_by
 from luthier.config import NF4Options, Storage
 from luthier.errors import ConfigError, ModelError, NumericError, PreflightError, bulleted, nearest
-from luthier.kernels.storage import KINDS
+from luthier.kernels.storage import DENSE_DTYPES, KINDS
 from luthier.matrices import DenseMatrix, Matrix, NF4Matrix
-from luthier.matrices.dense import STORAGE_DTYPES
 from luthier.models.checkpoint import WeightSource
 
 # Subclasses of nn.Linear with a forward of their own that is the plain product all the same.
@@ -86,7 +85,7 @@ def _path(name: str) -> list[str]:
 def stored_as(source: WeightSource, name: str) -> str:
     """The kind a tensor has in its source: f32, bf16, f16, nf4, or a type of GGUF blocks. F64 counts as f32."""
     dtype = source.dtype(name)
-    return source.kind(name) or next((kind for kind, known in STORAGE_DTYPES.items() if known == dtype), "f32")
+    return source.kind(name) or next((kind for kind, known in DENSE_DTYPES.items() if known == dtype), "f32")
 
 
 def read_matrix(source: WeightSource, name: str, key: str, wanted: Storage | str, transposed: bool, *, double: bool) -> Matrix:
@@ -100,12 +99,12 @@ def read_matrix(source: WeightSource, name: str, key: str, wanted: Storage | str
     in_blocks = source.kind(name) in KINDS
     if wanted == kind and source.kind(name):
         return source.matrix(name)
-    if wanted == kind and source.dtype(name) in STORAGE_DTYPES.values():
+    if wanted == kind and source.dtype(name) in DENSE_DTYPES.values():
         return DenseMatrix(source.tensor(name, mapped=True), transposed)
     tensor = source.matrix(name).dequantize() if in_blocks else source.tensor(name, mapped=False)
     if wanted == "nf4":
         return _quantized(tensor.T if transposed else tensor, key, double)
-    tensor = tensor.to(STORAGE_DTYPES[wanted])
+    tensor = tensor.to(DENSE_DTYPES[wanted])
     if wanted == "f16":
         low, high = tensor.aminmax()
         if max(-low, high) == math.inf:
