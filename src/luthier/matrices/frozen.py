@@ -56,10 +56,13 @@ class FrozenMatrix(nn.Module):
         """Rows start to stop as float32, (stop - start, in_features)."""
         return self.rows(torch.arange(start, stop, device=self.weight.device))
 
-    def row_blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows in float32), a few at a time, so that W is never whole in float32."""
+    def row_blocks(self, elements: int = BLOCK_ELEMENTS, multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows in float32), a few at a time, so that W is never whole in float32.
+
+        elements: about so many numbers at a time; multiple: each block but the last has a multiple of so many rows.
+        """
         rows, columns = self.shape
-        step = max(1, BLOCK_ELEMENTS // columns)
+        step = max(1, elements // columns // multiple) * multiple
         for start in range(0, rows, step):
             yield start, self.row_range(start, min(start + step, rows))
 

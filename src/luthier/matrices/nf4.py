@@ -14,16 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from luthier import kernels
-from luthier.errors import ShapeError
-from luthier.kernels.quantize import quantize_nf4
+from luthier.errors import NumericError, ShapeError
+from luthier.kernels.quantize import Nf4, quantize_absmax, quantize_nf4
 from luthier.kernels.quantize_reference import dynamic_map, nf4_codes
 from luthier.kernels.storage import NF4_BLOCK, NF4_NESTED_BLOCK
 from luthier.matrices import cuda
-from luthier.matrices.frozen import StoredMatrix
+from luthier.matrices.frozen import FrozenMatrix, StoredMatrix
 
 STATE_KEY = "weight.quant_state.bitsandbytes__nf4"
 NESTED_KEYS = ("weight.nested_absmax", "weight.nested_quant_map")
 MAX_STATE_BYTES = 4096
+# Numbers that are converted at a time: fewer bytes than most results have, which then never fill the gaps that these leave.
+CONVERTED_ELEMENTS = 1 << 18
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -79,16 +81,30 @@ class NF4Matrix(StoredMatrix):
         if weight.ndim != 2:
             raise ShapeError(f"a matrix has two dimensions; got {tuple(weight.shape)}.")
         rows, columns = weight.shape
-        stored = quantize_nf4(weight.contiguous(), double=double)
+        return cls._of(quantize_nf4(weight.contiguous(), double=double), (rows, columns), weight.dtype)
+
+    @classmethod
+    def converted(cls, matrix: FrozenMatrix, *, double: bool = True) -> NF4Matrix:
+        """A matrix that is stored otherwise: the bytes of `quantize(matrix.dequantize())`, a few rows in float32 at a time.
+
+        Raises NumericError naming the first NaN or Inf.
+        """
+        numbers, columns, device = matrix.shape[0] * matrix.shape[1], matrix.shape[1], matrix.weight.device
+        codes = torch.empty(-(-numbers // 2), 1, dtype=torch.uint8, device=device)
+        absmax = torch.empty(-(-numbers // NF4_BLOCK), device=device)
+        try:
+            for start, rows in matrix.row_blocks(CONVERTED_ELEMENTS, NF4_BLOCK):
+                piece, first = quantize_nf4(rows, double=False), start * columns
+                codes[first // 2 :][: len(piece.codes)] = piece.codes
+                absmax[first // NF4_BLOCK :][: len(piece.absmax)] = piece.absmax
+        except NumericError:
+            return cls.quantize(matrix.dequantize(), double=double)  # which names its place in the whole
+        return cls._of(Nf4(codes, *quantize_absmax(absmax)) if double else Nf4(codes, absmax), matrix.shape, torch.float32)
+
+    @classmethod
+    def _of(cls, stored: Nf4, shape: tuple[int, int], dtype: torch.dtype) -> NF4Matrix:
         offset = 0.0 if stored.nested_offset is None else float(stored.nested_offset)
-        return cls(
-            stored.codes,
-            stored.absmax,
-            (rows, columns),
-            nested_absmax=stored.nested_absmax,
-            nested_offset=offset,
-            dtype=weight.dtype,
-        )
+        return cls(stored.codes, stored.absmax, shape, nested_absmax=stored.nested_absmax, nested_offset=offset, dtype=dtype)
 
     @classmethod
     def from_tensors(cls, parts: Mapping[str, Tensor]) -> NF4Matrix:
