@@ -122,7 +122,10 @@ def walk(
         _report(progress, stage, layer, depth)
         for together in [[group] for group in own] if changes else [own]:
             if together:
-                visit(_seen_in_layer(model, packs, hidden, layer, together, supervised))
+                seen = _seen_in_layer(model, packs, hidden, layer, together, supervised)
+                trim_free_memory()  # freed blocks are kept for the next tensors, but not the most that ever were free
+                visit(seen)
+                trim_free_memory()
         for number, pack in enumerate(packs):
             hidden[number] = packed_layers(model, hidden[number], pack.starts, layer, layer + 1)
         trim_free_memory()
