@@ -199,11 +199,6 @@ def run_waiting() -> None:
     _waiting.kept.clear()
 
 
-def are_waiting() -> bool:
-    """Whether kernels that are called now wait: within `together`."""
-    return _waiting.calls is not None
-
-
 def keep(*objects: object) -> None:
     """Hold what a waiting kernel reads or writes until it has run."""
     if _waiting.calls is not None:

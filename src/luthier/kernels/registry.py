@@ -41,25 +41,18 @@ def define_op(
     _library.define(name + schema)
     _library.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"luthier::{name}", fake, lib=_library)
-    if native_call is None:
-        return getattr(torch.ops.luthier, name).default
+    if native_call is not None:
 
-    def on_cpu(*arguments):
-        if not native.use_native():
-            return reference(*arguments)
-        op.native_calls += 1
-        results = native_call(*arguments)
-        native.keep(arguments, results)
-        return results
+        def on_cpu(*arguments):
+            if not native.use_native():
+                return reference(*arguments)
+            op.native_calls += 1
+            results = native_call(*arguments)
+            native.keep(arguments, results)
+            return results
 
-    _library.impl(name, on_cpu, "CPU")
-    dispatched = getattr(torch.ops.luthier, name).default
-
-    def call(*arguments):
-        # Where kernels wait for each other nobody looks on, and tensors are those of a half layer on the CPU.
-        return on_cpu(*arguments) if native.are_waiting() else dispatched(*arguments)
-
-    return call
+        _library.impl(name, on_cpu, "CPU")
+    return getattr(torch.ops.luthier, name).default
 
 
 def registered_ops() -> list[Op]:
