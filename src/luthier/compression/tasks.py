@@ -14,8 +14,9 @@ from luthier.compression.reading import rows_for_task
 from luthier.data import Dataset, Example, Renderer
 from luthier.errors import DataError
 from luthier.evaluation.bootstrap import Interval, resample
-from luthier.evaluation.evaluate import EvalResult, evaluate
+from luthier.evaluation.evaluate import evaluate
 from luthier.evaluation.labels import labels_of_rows
+from luthier.evaluation.result import EvalResult
 from luthier.evaluation.scores import answer_tokens
 from luthier.progress import Progress
 
