@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from luthier.export.compare import (
 )
 from luthier.export.gguf_adapter import read_adapter
 from luthier.export.merge import Merge
+from luthier.export.mlx import to_peft_folder
 from luthier.export.subject import Subject
 from luthier.linear import LowRankTerm
 from luthier.models.load import load
@@ -90,6 +92,14 @@ def verify_peft(folder: Path, subject: Subject, reference: Reference) -> Verific
         return _judged(f"PEFT {version('peft')}", model, reference, AS_TRAINED)
     detach(subject.model)
     load_adapter(subject.model, folder)
+    return _judged(OUR_READER, subject.model, reference, AS_TRAINED)
+
+
+def verify_mlx(folder: Path, subject: Subject, reference: Reference) -> Verification:
+    """Read mlx-lm's files back and put them on the base as it was trained, in the place of the adapter on `subject`."""
+    detach(subject.model)
+    with TemporaryDirectory() as scratch:
+        load_adapter(subject.model, to_peft_folder(folder, subject.model, Path(scratch) / "adapter"))
     return _judged(OUR_READER, subject.model, reference, AS_TRAINED)
 
 
