@@ -175,9 +175,7 @@ def test_half_an_adapter_is_not_taken_for_a_model(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"adapter_config\.json must hold one JSON object\. Copy the adapter again"):
         open_subject(str(adapter))
     settings.unlink()
-    with pytest.raises(
-        AdapterError, match=r"beside its weights; .* has adapter_model\.safetensors alone"
-    ):
+    with pytest.raises(AdapterError, match=r"beside its weights; .* has adapter_model\.safetensors alone"):
         open_subject(str(adapter))
     for name in ("z" * 300, "~nobody-here/x"):
         with pytest.raises(ConfigError, match="a model's name must lead to something readable"):
