@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -107,3 +109,27 @@ def test_runs_ls_of_an_empty_folder(capsys: pytest.CaptureFixture[str], tmp_path
     code, out, _ = invoke(capsys, "runs", "ls", "--root", str(tmp_path), "--json")
     assert code == 0
     assert json.loads(out) == {"runs": []}
+
+
+def in_a_process(*arguments: str, **keys: Any) -> subprocess.CompletedProcess[str]:
+    program = "import sys\nfrom luthier.cli.main import run\nrun(sys.argv[1:])"
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, **keys)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_an_output_that_takes_nothing_more_is_no_fault_of_ours() -> None:
+    with open("/dev/full", "w") as full:
+        done = in_a_process("runs", "ls", "--root", "/nonexistent", "--json", stdout=full)
+    assert done.returncode == 3, done.stderr
+    assert done.stderr == "error: what is written needs room on the disk; the output: No space left on device. Free some.\n"
+
+
+def test_characters_that_an_output_cannot_hold_are_written_out() -> None:
+    """As with a pipe on Windows, whose encoding is an old one."""
+    command = "import sys\nfrom luthier.cli import main\n"
+    command += "main.app.command('say')(lambda: sys.stdout.write('caf\\u00e9 \\U0001f3bb'))\nmain.run(['say'])"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == b"caf\\xe9 \\U0001f3bb"

@@ -39,7 +39,7 @@ def test_a_merged_file_computes_what_was_trained(tmp_path: Path, family: str, ki
 @pytest.mark.parametrize("kind", ["q8_0", "q6_k", "q4_k", "q4_1", "q4_0"])
 def test_blocks_are_read_as_we_read_them(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """llama.cpp rounds what goes into blocks to 8 bits, on which a random model's greedy text turns."""
-    monkeypatch.setattr("luthier.export.verify.LEAST_EQUAL_ROWS", 0.0)
+    monkeypatch.setattr("luthier.export.by_llama_cpp.LEAST_EQUAL_ROWS", 0.0)
     random_model("llama", hidden_size=256, intermediate_size=256).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     adapter = adapted(tmp_path, model=tmp_path / "model")
@@ -59,7 +59,7 @@ def test_an_adapter_on_blocks_as_they_are(tmp_path: Path, kind: Kind, spec: dict
     llama.cpp rounds what goes into such a matrix to 16 or 8 bits. A random model's likeliest tokens are nearly tied, so
     that its greedy text turns on this; that of a trained one is compared in benchmarks/export.py.
     """
-    monkeypatch.setattr("luthier.export.verify.LEAST_EQUAL_ROWS", 0.0)
+    monkeypatch.setattr("luthier.export.by_llama_cpp.LEAST_EQUAL_ROWS", 0.0)
     model = random_model("llama", vocab_size=len(tiny_tokenizer()))  # llama.cpp wants a token for each row
     base = write_gguf(tmp_path / "base.gguf", model, "llama", kind)
     model, _ = luthier.load(str(base))

@@ -53,3 +53,12 @@ def test_names_of_files(tmp_path: Path) -> None:
 def test_what_the_disk_refuses_is_not_always_its_space(tmp_path: Path) -> None:
     with pytest.raises(PreflightError, match=r"could not be written: File name too long\. Choose another --out\."):
         export(str(adapted(tmp_path)), to="peft", out=tmp_path / ("y" * 245))
+
+
+def test_a_full_disk_as_numpy_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError("24576 requested and 23496 written")  # has no errno
+
+    monkeypatch.setattr("luthier.export.gguf_adapter.GGUFWriter.write_tensors_to_file", full)
+    with pytest.raises(PreflightError, match=r"24576 requested and 23496 written\. Check the disk's free space\."):
+        export(str(adapted(tmp_path)), to="gguf-adapter", out=tmp_path / "out")

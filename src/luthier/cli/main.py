@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import errno
+import io
 import os
 import sys
 import traceback
@@ -13,7 +15,7 @@ import typer
 
 import luthier
 from luthier.cli import chat, compress, data, doctor, evaluate, export, plan, quantize, runs, train
-from luthier.errors import LuthierError
+from luthier.errors import LuthierError, PreflightError
 from luthier.units import visible
 
 INTERNAL_ERROR = 1
@@ -69,6 +71,26 @@ def _accept_debug(program: Any, hear: Callable[[Any, Any, bool], None]) -> None:
         below += getattr(command, "commands", {}).values()
 
 
+def _drop_output() -> None:
+    """Where nobody takes the output, the flush at exit must not complain about it again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fault(error: Exception) -> str:
+    fault = f"{type(error).__name__}: {error}"
+    return f"this is a fault in luthier, not yours: {fault}. Run again with --debug and report what it shows."
+
+
+def _of_the_system(error: OSError) -> tuple[int, str, BaseException]:
+    """Exit code and message for what the system refused: a full disk is nobody's fault, all else is ours."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return INTERNAL_ERROR, _fault(error), error
+    if error.filename is None:
+        _drop_output()
+    where = error.filename or "the output"
+    return PreflightError.exit_code, f"what is written needs room on the disk; {where}: {error.strerror}. Free some.", error
+
+
 def run(arguments: list[str] | None = None) -> None:
     """Entry point of the `luthier` command. Ends the process with the exit code that fits what happened.
 
@@ -82,6 +104,8 @@ def run(arguments: list[str] | None = None) -> None:
         nonlocal debug
         debug = debug or given
 
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what an output's encoding has no characters for is written out
+        sys.stdout.reconfigure(errors="backslashreplace")
     command = typer.main.get_command(app)
     _accept_debug(command, hear_debug)
     caught: BaseException
@@ -92,13 +116,13 @@ def run(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt as error:
         code, message, caught = INTERRUPTED, "interrupted", error
     except BrokenPipeError:
-        # The reader of a pipe has left; the flush at exit must not complain about it again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         sys.exit(INTERNAL_ERROR)
+    except OSError as error:
+        code, message, caught = _of_the_system(error)
     except Exception as error:  # noqa: BLE001 - the edge of the program: a fault of ours still ends in one message
         code, caught = INTERNAL_ERROR, error
-        fault = f"{type(error).__name__}: {error}"
-        message = f"this is a fault in luthier, not yours: {fault}. Run again with --debug and report what it shows."
+        message = _fault(error)
     else:
         return
     if debug:

@@ -21,7 +21,7 @@ from luthier.export.merged_folder import default_kind
 from luthier.export.report import ExportReport
 from luthier.export.request import ADAPTER_FORMS, DEFAULT_ROWS, MERGED_FORMS, check_request, file_name, new_folder
 from luthier.export.subject import load_original, open_subject, rows_of
-from luthier.export.verify import Verification
+from luthier.export.verification import Verification
 from luthier.export.write import ADAPTER_WRITERS, write_folder, write_gguf
 from luthier.progress import Progress
 from luthier.units import percent_text, size_text
@@ -109,9 +109,10 @@ def _refused(error: Exception) -> OSError | SafetensorError | None:
 
 
 def _remedy(refusal: OSError | SafetensorError) -> str:
-    if isinstance(refusal, OSError) and refusal.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-        return "Choose another --out."
-    return "Check the disk's free space."
+    # numpy and safetensors say of a full disk how much was written, without a number of the error.
+    number = refusal.errno if isinstance(refusal, OSError) else None
+    of_space = number in (None, errno.ENOSPC, errno.EDQUOT, errno.EIO)
+    return "Check the disk's free space." if of_space else "Choose another --out."
 
 
 def _write(job: Job, dtype: str | None, base: str, license_name: str | None) -> Check:

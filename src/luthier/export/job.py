@@ -15,7 +15,8 @@ from luthier.export.forms import AS_IS
 from luthier.export.merge import Merge
 from luthier.export.report import ExportReport
 from luthier.export.subject import Subject
-from luthier.export.verify import Verification, verify_merge
+from luthier.export.verification import Verification
+from luthier.export.verify import verify_merge
 from luthier.models.load import Loaded
 from luthier.progress import Progress
 

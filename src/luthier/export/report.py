@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from luthier.export.choices import Measured
-from luthier.export.verify import Verification
+from luthier.export.verification import Verification
 
 
 @dataclass

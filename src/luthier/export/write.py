@@ -17,7 +17,8 @@ from luthier.export.merged_folder import check_kind, write_merged
 from luthier.export.mlx import write_mlx
 from luthier.export.modelfile import modelfile
 from luthier.export.subject import Subject
-from luthier.export.verify import Verification, verify_gguf, verify_gguf_adapter, verify_merged, verify_mlx, verify_peft
+from luthier.export.verification import Verification
+from luthier.export.verify import verify_gguf, verify_gguf_adapter, verify_merged, verify_mlx, verify_peft
 
 MODELFILE = "Modelfile"
 
