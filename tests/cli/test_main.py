@@ -133,3 +133,11 @@ def test_characters_that_an_output_cannot_hold_are_written_out() -> None:
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == b"caf\\xe9 \\U0001f3bb"
+
+
+def test_ctrl_c_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("luthier.training.run_index.list_runs", stop)
+    assert invoke(capsys, "runs", "ls", "--root", str(tmp_path)) == (130, "", "error: interrupted\n")

@@ -115,6 +115,10 @@ def run(arguments: list[str] | None = None) -> None:
         code, message, caught = error.exit_code, str(error), error
     except KeyboardInterrupt as error:
         code, message, caught = INTERRUPTED, "interrupted", error
+    except SystemExit as stop:
+        if stop.code != INTERRUPTED:
+            raise
+        code, message, caught = INTERRUPTED, "interrupted", stop  # typer makes this of Ctrl-C, without a word
     except BrokenPipeError:
         _drop_output()
         sys.exit(INTERNAL_ERROR)
