@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 import luthier
 from luthier.cli.main import run
+from luthier.disk import staged_folder
 
 
 def invoke(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -141,3 +143,20 @@ def test_ctrl_c_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
 
     monkeypatch.setattr("luthier.training.run_index.list_runs", stop)
     assert invoke(capsys, "runs", "ls", "--root", str(tmp_path)) == (130, "", "error: interrupted\n")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows knows no SIGTERM that can be caught")
+def test_sigterm_leaves_nothing_half_written(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def killed(_: object) -> None:
+        with staged_folder(tmp_path / "out", lambda stage, target: None) as stage:
+            (stage / "half").write_text("x")
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise AssertionError("went on")
+
+    monkeypatch.setattr("luthier.training.run_index.list_runs", killed)
+    before = signal.getsignal(signal.SIGTERM)
+    assert invoke(capsys, "runs", "ls", "--root", str(tmp_path)) == (143, "", "")
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is before

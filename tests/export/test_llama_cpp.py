@@ -74,3 +74,20 @@ def test_an_adapter_on_blocks_as_they_are(tmp_path: Path, kind: Kind, spec: dict
     assert theirs.difference.logits_error < (1e-3 if kind == Kind.F16 else 5e-2)
     assert theirs.difference.token_agreement > 0.9
     assert theirs.equal_tokens == 1.0
+
+
+def test_an_adapter_trained_on_nf4_of_a_file_is_judged_on_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama.cpp opens the file, whose weights are others than those trained on: that is no fault of the adapter's file."""
+    monkeypatch.setattr("luthier.export.by_llama_cpp.LEAST_EQUAL_ROWS", 0.0)
+    model = random_model("llama", vocab_size=len(tiny_tokenizer()))
+    base = write_gguf(tmp_path / "base.gguf", model, "llama", Kind.F16)
+    model, _ = luthier.load(str(base), base="nf4")
+    attach(model, AdapterSpec(rank=4), seed=1)
+    with torch.no_grad():
+        randomize([parameter for _, parameter in trainable_parameters(model)])
+    save_adapter(model, tmp_path / "adapter", base_name=str(base))
+    report = export(str(tmp_path / "adapter"), to="gguf-adapter", out=tmp_path / "out", data=row_file(tmp_path), verify=True)
+    ours, theirs = report.verification
+    assert ours.difference.largest_logits_error <= 1e-4
+    assert theirs.difference.logits_error < 1e-2
+    assert any("trained on the base in NF4" in note for note in report.notes)

@@ -6,9 +6,12 @@ import copy
 import errno
 import io
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -71,6 +74,23 @@ def _accept_debug(program: Any, hear: Callable[[Any, Any, bool], None]) -> None:
         below += getattr(command, "commands", {}).values()
 
 
+@contextmanager
+def _leaving_on_sigterm() -> Iterator[None]:
+    """Within it SIGTERM unwinds the program, so that what is half written is removed as by Ctrl-C; the exit code is 143."""
+
+    def leave(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # which no signal reaches
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _drop_output() -> None:
     """Where nobody takes the output, the flush at exit must not complain about it again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -95,7 +115,7 @@ def run(arguments: list[str] | None = None) -> None:
     """Entry point of the `luthier` command. Ends the process with the exit code that fits what happened.
 
     0 done, 2 usage or configuration, 3 will not fit or failed preflight, 4 data, 5 numeric, 6 a guarded set got worse than
-    its bound allows, 130 interrupted;
+    its bound allows, 130 interrupted, 143 ended by SIGTERM;
     1 only for a fault of Luthier's own.
     """
     debug = os.environ.get("LUTHIER_DEBUG", "") not in ("", "0")
@@ -110,7 +130,8 @@ def run(arguments: list[str] | None = None) -> None:
     _accept_debug(command, hear_debug)
     caught: BaseException
     try:
-        command(sys.argv[1:] if arguments is None else arguments, prog_name="luthier")
+        with _leaving_on_sigterm():
+            command(sys.argv[1:] if arguments is None else arguments, prog_name="luthier")
     except LuthierError as error:
         code, message, caught = error.exit_code, str(error), error
     except KeyboardInterrupt as error:

@@ -58,6 +58,12 @@ class Subject:
         return self.config is not None and self.config.method == "full"
 
     @property
+    def is_as_stored(self) -> bool:
+        """Whether the matrices stand in memory as in the base's own file, neither quantised nor decoded."""
+        stored = self.config is None or self.config.storage in (None, "asis")
+        return stored and not any(_is_nf4(module) for module in self.model.modules())
+
+    @property
     def base_note(self) -> str | None:
         """What a program must load below the adapter to compute what was trained, where the base is not in plain weights."""
         matrices = [layer.matrix for layer in low_rank_layers(self.model).values()]

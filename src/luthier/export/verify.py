@@ -83,7 +83,11 @@ def verify_gguf(path: Path, subject: Subject, expected: Reference, examples: Seq
 
 
 def verify_gguf_adapter(path: Path, subject: Subject, reference: Reference, examples: Sequence[Example]) -> list[Verification]:
-    """The adapter file read back and put on the base it was trained on; in llama.cpp too, where that base is a GGUF file."""
+    """The adapter file read back and put on the base it was trained on; in llama.cpp too, where the base is a GGUF file.
+
+    Where it was trained on other weights than the file's, such as NF4 made of them, llama.cpp is compared with our own
+    reading of file and adapter: that the adapter computes something else there is said beside.
+    """
     trained = {name: layer.terms for name, layer in low_rank_layers(subject.model).items()}
     _put_read_terms(path, subject.model)
     try:
@@ -91,8 +95,13 @@ def verify_gguf_adapter(path: Path, subject: Subject, reference: Reference, exam
     finally:
         for name, layer in low_rank_layers(subject.model).items():
             layer.terms = trained[name]
-    if llama_cpp.is_installed() and subject.source.path.is_file():
-        found.append(judged_by_llama_cpp(subject.source.path, path, subject.model, subject.tokenizer, examples))
+    file = subject.source.path
+    if llama_cpp.is_installed() and file.is_file():
+        ours = subject.model
+        if not subject.is_as_stored:
+            ours = load(str(file), offline=True).model
+            _put_read_terms(path, ours)
+        found.append(judged_by_llama_cpp(file, path, ours, subject.tokenizer, examples))
     return found
 
 
