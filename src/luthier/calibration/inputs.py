@@ -68,7 +68,7 @@ def shared_inputs(model: PreTrainedModel, names: Sequence[str] | None = None) ->
 
     ids = torch.arange(PROBE_TOKENS, device=model.device)
     starts = torch.tensor([0, PROBE_TOKENS])
-    _run_looking(model, layers, see, lambda: packed_hidden(model, ids, starts))
+    run_looking(model, layers, see, lambda: packed_hidden(model, ids, starts))
     found = [group for _, group in groups]
     seen = {name for group in found for name in group}
     return found + [[name] for name in layers if name not in seen]
@@ -83,17 +83,15 @@ def look_at_inputs(model: PreTrainedModel, pack: Pack, names: Sequence[str], see
     layers = linear_layers(model, names)
     head = head_name(model)
 
-    def see_one(name: str, x: Tensor) -> None:
+    def see_flat(name: str, x: Tensor) -> None:
         see(name, x.detach().reshape(-1, x.shape[-1]))
-        if name == last:
-            raise _SeenEnough
 
     def run() -> None:
         hidden = packed_hidden(model, pack.ids, pack.starts)
         if head in layers:
             see(head, hidden)
 
-    _run_looking(model, layers, see_one, run)
+    run_looking(model, layers, see_flat, run, last=last)
 
 
 def look_at_gradients(model: PreTrainedModel, pack: Pack, names: Sequence[str], see: SeeGradient) -> float:
@@ -145,9 +143,23 @@ def _run_backward(
     return float(loss.detach())
 
 
-def _run_looking(model: PreTrainedModel, layers: Mapping[str, LowRankLinear], see: See, run: Callable[[], Any]) -> None:
+def run_looking(
+    model: PreTrainedModel,
+    layers: Mapping[str, LowRankLinear],
+    see: See,
+    run: Callable[[], Any],
+    *,
+    last: str | None = None,
+) -> None:
+    """run(), and see(name, what it is given) as each of `layers` is reached. last: the layer that ends the run, uncomputed."""
+
     def watch(name: str) -> Callable[[Any, tuple[Tensor, ...]], None]:
-        return lambda _module, inputs: see(name, inputs[0])
+        def look(_module: Any, inputs: tuple[Tensor, ...]) -> None:
+            see(name, inputs[0])
+            if name == last:
+                raise _SeenEnough
+
+        return look
 
     hooks = {name: layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()}
     with evaluation_mode(model), heard_by(_nobody), hooked(hooks), torch.no_grad():

@@ -11,21 +11,19 @@ layer is reached. Layers that are given one tensor (q, k and v; gate and up) for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from luthier.calibration.inputs import hooked, linear_layers, look_at_inputs, look_at_output_gradients, shared_inputs
+from luthier.calibration.inputs import linear_layers, look_at_inputs, look_at_output_gradients, run_looking, shared_inputs
 from luthier.calibration.moments import MomentSum
 from luthier.data.packing import Pack
 from luthier.errors import NumericError, bulleted
-from luthier.models.modes import evaluation_mode
 from luthier.models.packed import entry_obstacle, packed_inputs, packed_layers
 from luthier.progress import Progress
 from luthier.training.allocator import trim_free_memory
@@ -124,7 +122,10 @@ def walk(
         _report(progress, stage, layer, depth)
         for together in [[group] for group in own] if changes else [own]:
             if together:
-                visit(_seen_in_layer(model, packs, hidden, layer, together, supervised))
+                seen = _seen_in_layer(model, packs, hidden, layer, together, supervised)
+                trim_free_memory()  # freed blocks are kept for the next tensors, but not the most that ever were free
+                visit(seen)
+                trim_free_memory()
         for number, pack in enumerate(packs):
             hidden[number] = packed_layers(model, hidden[number], pack.starts, layer, layer + 1)
         trim_free_memory()
@@ -146,11 +147,14 @@ def _by_layer(model: PreTrainedModel, groups: Sequence[Group]) -> Iterator[list[
 def _seen_in_layer(
     model: PreTrainedModel, packs: Sequence[Pack], hidden: list[Tensor], layer: int, groups: Sequence[Group], supervised: int
 ) -> list[Seen]:
-    sums = _Sums(model, groups)
-    with evaluation_mode(model), torch.no_grad():
-        for number, pack in enumerate(packs):
-            with _looking(sums.leaders, partial(sums.add, number)):
-                packed_layers(model, hidden[number], pack.starts, layer, layer + 1)
+    sums, last = _Sums(model, groups), groups[-1].names[0]
+    for number, pack in enumerate(packs):
+
+        def see(leader: str, x: Tensor, number: int = number) -> None:
+            sums.add(number, leader, x.reshape(-1, x.shape[-1]))
+
+        run = partial(packed_layers, model, hidden[number], pack.starts, layer, layer + 1)
+        run_looking(model, sums.leaders, see, run, last=last)
     return sums.seen(supervised)
 
 
@@ -175,10 +179,3 @@ class _Sums:
 
     def seen(self, supervised: int) -> list[Seen]:
         return [Seen(name, own.moments().second.div_(2.0 * supervised)) for name, own in self._sums.items()]
-
-
-def _looking(layers: Mapping[str, Any], see: Callable[[str, Tensor], None]) -> AbstractContextManager[None]:
-    def watch(name: str) -> Callable[..., None]:
-        return lambda _module, inputs: see(name, inputs[0].detach().reshape(-1, inputs[0].shape[-1]))
-
-    return hooked({name: layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()})

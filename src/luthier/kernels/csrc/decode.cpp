@@ -33,6 +33,7 @@ class Step {
   }
 
   void run(Team::Member& team) {
+    linears.belong_to(team);
     for (std::int64_t l = 0; l < d.layer_count; ++l) {
       const lt_decoder_layer& layer = d.layers[l];
       attention(team, layer, l, l == 0 ? nullptr : &d.layers[l - 1].mlp_post);
@@ -62,7 +63,7 @@ class Step {
       see(&layer.down, 1);
     }
     const std::int64_t widest = std::max({width_qkv(), gates, d.hidden});
-    linears.place(pieces, s.T, std::max({d.hidden, width_q(), gates / 2}), rank, narrow, widest);
+    linears.place(pieces, s.T, std::max({d.hidden, width_q(), gates / 2}), rank, narrow, widest, threads_);
     qkv = pieces.take<float>(s.T * width_qkv());
     gated = pieces.take<float>(s.T * gates);
     y = pieces.take<float>(s.T * d.hidden);

@@ -54,13 +54,13 @@ struct Input {
   }
 };
 
-// [block][T][32] of one token, and the sum of each block divided by the lanes of a vector.
+// One token as few.h reads it, and the sum of each block divided by the lanes of a vector.
 inline void pack_token(const float* row, std::int64_t t, std::int64_t T, std::int64_t blocks, float* packed, float* sums,
                        int lanes) {
   for (std::int64_t b = 0; b < blocks; ++b, row += kPanelGroup) {
     float parts[8] = {};
     for (int i = 0; i < kPanelGroup; ++i) parts[i % 8] += row[i];
-    std::memcpy(packed + (b * T + t) * kPanelGroup, row, sizeof(float) * kPanelGroup);
+    std::memcpy(packed + few_place(t, T, b, blocks), row, sizeof(float) * kPanelGroup);
     const float halves = (parts[0] + parts[4]) + (parts[1] + parts[5]);
     sums[t * blocks + b] = (halves + ((parts[2] + parts[6]) + (parts[3] + parts[7]))) / float(lanes);
   }

@@ -45,7 +45,9 @@ class Linears {
 
   // The largest of all layers each: input: features, most_rank: `ranks`, narrow: `inner_of`, widest: results of one input.
   void place(Pieces& pieces, std::int64_t tokens, std::int64_t input, std::int64_t most_rank, std::int64_t narrow,
-             std::int64_t widest) {
+             std::int64_t widest, int members) {
+    room = few.rows * up(std::max(input, narrow), kPanelGroup);
+    decoded = pieces.take<float>(members * room);
     x.place(pieces, tokens, input);
     u = pieces.take<float>(tokens * most_rank);
     inner = pieces.take<float>(tokens * most_rank);
@@ -54,6 +56,9 @@ class Linears {
     for (Input& one : z) one.place(pieces, tokens, narrow);
     product = pieces.take<float>(tokens * widest);
   }
+
+  // What is the member's alone, in its own copy.
+  void belong_to(const Team::Member& member) { decoded += member.number() * room; }
 
   void finish_row(std::int64_t t) const { finish_row(x, t); }
 
@@ -124,7 +129,7 @@ class Linears {
   void multiply(const lt_matrix& m, const Input& in, bool fixed, std::int64_t row, std::int64_t rows, const Low& low,
                 const float* bias, float* to, std::int64_t ld) const {
     if (!fixed || m.kind < LT_Q4_0) {
-      few.multiply({&m, row, rows, in.packed, in.sums, in.T, low.B, low.packed, low.rank, bias, to, ld});
+      few.multiply({&m, row, rows, in.packed, in.sums, in.T, low.B, low.packed, low.rank, bias, to, ld, decoded});
       return;
     }
     for (std::int64_t t = 0; t < in.T; ++t) {
@@ -194,7 +199,7 @@ class Linears {
       int p = 0;
       for (; row >= parts[p].rank; ++p) row -= parts[p].rank, low += x.T * up(parts[p].rank, kPanelGroup);
       const lt_matrix A = dense(parts[p].A, parts[p].rank, x.width);
-      few.multiply({&A, row, 1, x.packed, x.sums, x.T, nullptr, nullptr, 0, nullptr, u + low, parts[p].rank});
+      few.multiply({&A, row, 1, x.packed, x.sums, x.T, nullptr, nullptr, 0, nullptr, u + low, parts[p].rank, decoded});
     });
     team.each(x.T, [&](std::int64_t t) {
       std::int64_t low = 0;
@@ -203,7 +208,7 @@ class Linears {
         for (std::int64_t i = 0; i < padded; ++i) {
           const float value = i < r ? parts[p].scaling * u[low + t * r + i] : 0.0f;
           if (i < r) inner_rows[low + t * r + i] = value;
-          inner[low + (i / kPanelGroup * x.T + t) * kPanelGroup + i % kPanelGroup] = value;
+          inner[low + few_place(t, x.T, i / kPanelGroup, padded / kPanelGroup) + i % kPanelGroup] = value;
         }
         low += x.T * padded;
       }
@@ -214,6 +219,8 @@ class Linears {
   const DecodeTable& kernels = table(decode_tables);
   Input z[kMostParts]{};
   float *u = nullptr, *inner = nullptr, *inner_rows = nullptr, *product = nullptr;
+  float* decoded = nullptr;  // of each member
+  std::int64_t room = 0;
 };
 
 }  // namespace lt

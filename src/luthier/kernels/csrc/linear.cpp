@@ -139,13 +139,13 @@ void forward_few(const float* x, std::int64_t T, const lt_linear* parts, int cou
     if (r > 0) {
       const lt_matrix A = dense(part.A, r, K);
       parallel_for(r, threads, [&](std::int64_t i) {
-        k.multiply({&A, i, 1, packed, sums, T, nullptr, nullptr, 0, nullptr, part.u, r});
+        k.multiply({&A, i, 1, packed, sums, T, nullptr, nullptr, 0, nullptr, part.u, r, nullptr});
       });
       pack_few(part.u, T, r, part.scaling, inner);
     }
     parallel_for((N + kRowsOfTask - 1) / kRowsOfTask, threads, [&](std::int64_t task) {
       const std::int64_t row = task * kRowsOfTask;
-      k.multiply({part.matrix, row, std::min(kRowsOfTask, N - row), packed, sums, T, part.B, inner, r, part.bias, part.y, N});
+      k.multiply({part.matrix, row, std::min(kRowsOfTask, N - row), packed, sums, T, part.B, inner, r, part.bias, part.y, N, nullptr});
     });
   }
 }

@@ -9,7 +9,7 @@
 //   + - * /                 on vf;  fma(a, b, c) = a b + c, rounded once except in the portable build
 //   vmax(a, b) vmin(a, b)   the second operand if either is NaN;  vabs(a)
 //   less(a, b) is_nan(a)    masks vm;  choose(m, a, b): a where m, else b;  any(m)
-//   sum(v) largest(v)       across lanes, in a fixed order
+//   sum(v) largest(v)       across lanes, in a fixed order;  sums(v): lane i sum(v[i]), of VL vectors, in another order
 //   to_float(vi) to_int(vf) to_int rounds to nearest even
 //   as_float(vi)            the same bits
 //   iadd iand ior, shl<n>(vi) shr<n>(vi)   shr is logical;  shr_by(vi, n) for n known at run time

@@ -43,6 +43,17 @@ LT_INLINE float sum(vf v) {
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
+// Neighbours meet in ever more lanes: 21 operations in place of 8 sums.
+LT_INLINE vf sums(const vf (&v)[VL]) {
+  vf halves[2];
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const vf *w = v + 4 * i, a = _mm256_unpacklo_ps(w[0], w[1]) + _mm256_unpackhi_ps(w[0], w[1]);
+    const vf b = _mm256_unpacklo_ps(w[2], w[3]) + _mm256_unpackhi_ps(w[2], w[3]);
+    halves[i] = _mm256_shuffle_ps(a, b, 0x44) + _mm256_shuffle_ps(a, b, 0xee);
+  }
+  return _mm256_permute2f128_ps(halves[0], halves[1], 0x20) + _mm256_permute2f128_ps(halves[0], halves[1], 0x31);
+}
 LT_INLINE float largest(vf v) {
   __m128 s = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   s = _mm_max_ps(s, _mm_movehl_ps(s, s));

@@ -55,6 +55,11 @@ LT_INLINE vf vmin(vf a, vf b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
 LT_INLINE vf vabs(vf a) { return vabsq_f32(a); }
 LT_INLINE bool any(vm m) { return vmaxvq_u32(m.v) != 0; }
 LT_INLINE float sum(vf v) { return (vgetq_lane_f32(v, 0) + vgetq_lane_f32(v, 2)) + (vgetq_lane_f32(v, 1) + vgetq_lane_f32(v, 3)); }
+LT_INLINE vf sums(const vf (&v)[VL]) {
+  float all[VL];
+  for (int i = 0; i < VL; ++i) all[i] = sum(v[i]);
+  return load(all);
+}
 LT_INLINE float largest(vf v) {
   const vf w = vmax(v, vextq_f32(v, v, 2));
   return vgetq_lane_f32(w, 0) > vgetq_lane_f32(w, 1) ? vgetq_lane_f32(w, 0) : vgetq_lane_f32(w, 1);

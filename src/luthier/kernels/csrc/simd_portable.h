@@ -64,6 +64,11 @@ LT_INLINE vf vmin(vf a, vf b) { return choose({a < b}, a, b); }
 LT_INLINE vf vabs(vf a) { return (vf)((raw_int)a & 0x7fffffff); }
 LT_INLINE bool any(vm m) { return (m.v[0] | m.v[1] | m.v[2] | m.v[3]) != 0; }
 LT_INLINE float sum(vf v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+LT_INLINE vf sums(const vf (&v)[VL]) {
+  float all[VL];
+  for (int i = 0; i < VL; ++i) all[i] = sum(v[i]);
+  return load(all);
+}
 LT_INLINE float largest(vf v) {
   const vf w = vmax(v, vf{v[2], v[3], v[0], v[1]});
   return w[0] > w[1] ? w[0] : w[1];

@@ -29,6 +29,9 @@ class Team {
    public:
     explicit Member(Team& team) : team_(team), own_(team.arrived_.fetch_add(1) % team.members_) {}
 
+    // From 0, each another.
+    int number() const { return own_; }
+
     // fn(task) for each task in [0, tasks), by all members, who all return when every task is done. A member begins with
     // a stretch of neighbouring tasks, so that what follows can be prefetched. fn must not throw.
     template <class Fn>
