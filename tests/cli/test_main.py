@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 
 import luthier
 from luthier.cli.main import run
+from luthier.cli.quiet import quiet_libraries
 from luthier.disk import staged_folder
 
 
@@ -160,3 +163,11 @@ def test_sigterm_leaves_nothing_half_written(
     assert invoke(capsys, "runs", "ls", "--root", str(tmp_path)) == (143, "", "")
     assert list(tmp_path.iterdir()) == []
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_libraries_do_not_chatter() -> None:
+    quiet_libraries()
+    assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.warn_explicit("old name", FutureWarning, "x.py", 1, module="transformers.modeling_utils")
+    assert heard == []

@@ -29,7 +29,7 @@ from luthier.units import percent_text
 
 LEAST_EQUAL_ROWS = 0.97
 ANSWER_TOKENS = 64
-# What rounding to 8 bits moves logits by: 0.025 to 0.045 of the largest on SmolLM2-135M. A file read wrongly is far beyond.
+# What rounding to 8 bits moves logits by: 0.02 to 0.05 of the largest on SmolLM2-135M. A file read wrongly is far beyond.
 ROUNDED_ERROR = 0.1
 # Beside matrices of these kinds llama.cpp keeps at least 11 bits of what it multiplies with them.
 PRECISE = frozenset({"f32", "f16"})
