@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tiny import write_tiny
 
 import luthier
 from luthier.adapters import load_adapter
+from luthier.adapters.targets import low_rank_layers
 from luthier.config import NF4Options
 from luthier.errors import AdapterError, ConfigError, NumericError
 from luthier.export.export import export
@@ -145,6 +147,27 @@ def test_an_adapter_of_mlx_lm_is_read(tmp_path: Path) -> None:
     save_file({f"{name}.lora_a": a[0, 0].clone(), f"{name}.lora_b": b[0]}, folder / "adapters.safetensors")
     with pytest.raises(AdapterError, match=r"q_proj.lora_a has shape \(\), where 2 dimensions are expected"):
         open_subject(str(folder), base_model=str(tmp_path / "model"))
+
+
+def test_an_mlx_folder_remembers_its_base(tmp_path: Path) -> None:
+    """Trained on NF4, it is read back on NF4, and another base is refused; without a record nothing is claimed of the base."""
+    quantize(str(write_tiny(tmp_path / "plain", "llama")), tmp_path / "nf4", nf4=NF4Options())
+    adapter = adapted(tmp_path, model=tmp_path / "nf4")
+    export(str(adapter), to="mlx", out=tmp_path / "mlx", data=row_file(tmp_path), verify=True)
+    back = open_subject(str(tmp_path / "mlx"), base_model=str(tmp_path / "plain"))
+    assert {layer.matrix.kind for layer in low_rank_layers(back.model).values()} >= {"nf4"}
+    assert back.base_note is not None
+    assert "trained on the base in NF4" in back.base_note
+    other = shutil.copytree(tmp_path / "plain", tmp_path / "other")
+    weights = {name: -tensor for name, tensor in load_file(other / "model.safetensors").items()}
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(AdapterError, match="more than rounding to"):
+        open_subject(str(tmp_path / "mlx"), base_model=str(other))
+    (tmp_path / "mlx" / "luthier_base.json").unlink()
+    blocks = write_gguf(tmp_path / "blocks.gguf", random_model("llama"), "llama", Kind.Q4_1)
+    unknown = open_subject(str(tmp_path / "mlx"), base_model=str(blocks))
+    assert unknown.base_note is not None
+    assert "What the adapter was trained on is not recorded" in unknown.base_note
 
 
 def test_what_is_wrong_with_an_adapter_of_mlx_lm_is_said_of_its_own_files(tmp_path: Path) -> None:

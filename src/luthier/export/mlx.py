@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
+from luthier.adapters.base_record import BASE_FILE, write_base_record
 from luthier.adapters.peft_config import CONFIG_FILE
 from luthier.adapters.peft_format import WEIGHTS_FILE
 from luthier.adapters.registry import PREFIX, pick, term_of
@@ -46,7 +48,7 @@ def mlx_base_name(folder: Path) -> str | None:
 
 
 def write_mlx(stage: Path, model: PreTrainedModel, base_name: str) -> list[str]:
-    """Write the model's one adapter into the folder `stage`; returns notes.
+    """Write the model's one adapter into the folder `stage`, and a record of its base, which mlx-lm passes over; returns notes.
 
     mlx-lm has one scale and one rank a file: the largest rank is written, smaller ones are filled up with zeros, and what
     a layer's own scale differs by is folded into its b. Raises AdapterError naming what cannot be expressed.
@@ -70,6 +72,7 @@ def write_mlx(stage: Path, model: PreTrainedModel, base_name: str) -> list[str]:
     }
     (stage / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     save_file(tensors, stage / MLX_WEIGHTS, metadata={"format": "mlx"})
+    write_base_record(model, stage, base_name)
     folded = sum(term.scaling != scale or term.rank != rank for term in terms.values())
     return [f"mlx-lm has one rank and scale a file: {folded} layers were filled up or scaled to these."] if folded else []
 
@@ -89,8 +92,9 @@ def _mlx_tensors(target: str, term: LowRankTerm, rank: int, scale: float) -> dic
 def to_peft_folder(folder: Path, model: PreTrainedModel, target: Path) -> Path:
     """Write the mlx-lm adapter in `folder` in PEFT's layout to the new folder `target`, which is returned.
 
-    alpha = scale r, r the rank of each layer's tensors. Raises AdapterError for settings or tensors that are missing, of
-    another kind of tuning, or of layers that `model` has not, NumericError for NaN or Inf.
+    alpha = scale r, r the rank of each layer's tensors. A record of the base goes along where there is one.
+    Raises AdapterError for settings or tensors that are missing, of another kind of tuning, or of layers that `model` has
+    not, NumericError for NaN or Inf.
     """
     settings = _settings(folder)
     scale, dropout, dora = _parameters(folder, settings)
@@ -111,6 +115,8 @@ def to_peft_folder(folder: Path, model: PreTrainedModel, target: Path) -> Path:
     target.mkdir(parents=True)
     (target / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     save_file(state, target / WEIGHTS_FILE, metadata={"format": "pt"})
+    if (folder / BASE_FILE).is_file():
+        shutil.copyfile(folder / BASE_FILE, target / BASE_FILE)
     return target
 
 

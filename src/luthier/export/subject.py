@@ -76,6 +76,11 @@ class Subject:
             )
         if not kinds:
             return None
+        if self.adapter is not None and self.run_dir is None and not (self.adapter / BASE_FILE).is_file():
+            return (
+                f"The base here is stored in blocks ({', '.join(sorted(kinds))}). What the adapter was trained on is not "
+                "recorded; on weights that differ from those it computes something else."
+            )
         return (
             f"The adapter was trained on the blocks of {self.source.path.name} ({', '.join(sorted(kinds))}); on weights of the "
             "base that differ from these it computes something else. Merged, or in llama.cpp on that file, it does not."
