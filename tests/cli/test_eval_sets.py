@@ -216,6 +216,30 @@ def test_names_that_lead_nowhere_cost_no_time(capsys, monkeypatch, tiny_llama: P
         assert f"Give MODEL --adapter {adapter}." in err
 
 
+@pytest.mark.parametrize(
+    ("metric", "row", "message"),
+    [
+        ("json", {"prompt": "x", "completion": "{not json"}, "1 of 1 are not:"),
+        ("label", {"prompt": "x", "completion": "blue"}, "labels taken from the rows must be 2 to 1000 answers"),
+        ("exact", {"prompt": "word " * 600, "completion": "x"}, "rows must fit the model's 512 positions"),
+    ],
+)
+def test_a_row_of_one_set_does_not_cost_the_measuring_of_another(
+    capsys, monkeypatch, tiny_llama: Path, folder: Path, metric: str, row: dict[str, str], message: str
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr("luthier.cli.compare.evaluate", never)
+    (folder / "bad.jsonl").write_text(json.dumps(row) + "\n")
+    code, _, err = invoke(
+        capsys, "eval", tiny_llama, "--data", folder / ("json.jsonl" if metric == "json" else "labels.jsonl"), "--data",
+        folder / "bad.jsonl", "--metrics", metric, "--max-length", "4000",
+    )  # fmt: skip
+    assert code == 4
+    assert message in err
+
+
 def test_a_page_that_cannot_be_written_takes_no_figures_along(capsys, monkeypatch, tiny_llama: Path, folder: Path) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

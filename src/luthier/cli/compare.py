@@ -17,6 +17,7 @@ from luthier.evaluation.constrain import check_files, read_schema
 from luthier.evaluation.evaluate import evaluate
 from luthier.evaluation.labels import labels_of_file, read_labels
 from luthier.evaluation.measures import WRITTEN
+from luthier.evaluation.preflight import check_set
 from luthier.evaluation.result import EvalResult
 from luthier.evaluation.sets import EvalSet, NamedFile, load_set, parse_files
 from luthier.progress import Progress
@@ -79,6 +80,8 @@ def compare(request: Request, progress: Progress) -> Comparison:
     asked = metrics_for(sets, request.metrics)
     _add_labels(sets, asked, view.renderer(loaded.tokenizer), request)
     _add_schema(sets, asked, request)
+    for one, metrics in zip(sets, asked, strict=True):
+        check_set(loaded.model, one, metrics, request.rows)
     tuned = _measure("model", loaded, view, sets, asked, request, progress)
     notes += _overlaps(loaded, sets, request)
     paths = {one.name: one.path for one in files}

@@ -50,7 +50,7 @@ def evaluate(
     examples = dataset.examples[:rows]
     if not examples:
         raise DataError("an evaluation needs at least one row; there is none.")
-    _check_rows(model, examples)
+    check_fit(model, examples)
     subject = Subject(model, tokenizer, renderer, examples, extras or Extras(), progress)
     result = EvalResult({}, len(examples))
     if "loss" in wanted:
@@ -67,7 +67,7 @@ def evaluate(
     return result
 
 
-def _check_rows(model: PreTrainedModel, examples: list[Example]) -> None:
+def check_fit(model: PreTrainedModel, examples: Sequence[Example]) -> None:
     """Raise DataError naming the rows whose positions or tokens do not exist in the model."""
     embeddings: Any = model.get_input_embeddings()
     vocabulary = embeddings.weight.shape[0]
