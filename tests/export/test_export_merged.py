@@ -30,7 +30,7 @@ HEAD, EMBEDDING = "lm_head", "embed_tokens"
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_opens_in_transformers_with_equal_logits(tmp_path: Path, family: str) -> None:
     adapter = adapted(tmp_path, family)
-    report = export(str(adapter), to="merged", out=tmp_path / "out", dtype="f32", data=row_file(tmp_path), rows=0)
+    report = export(str(adapter), to="merged", out=tmp_path / "out", dtype="f32", rows=0)
     model = plain(tmp_path / "out")
     expected = logits(ours(tmp_path))
     assert relative(logits(model), expected) <= 1e-4

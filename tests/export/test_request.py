@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
-from exporting import adapted
+from exporting import adapted, row_file
 
-from luthier.errors import ConfigError, PreflightError
+from luthier.errors import ConfigError, DataError, PreflightError
 from luthier.export.export import export
 from luthier.export.request import NAME_BYTES, file_name, new_folder
 
@@ -62,3 +62,19 @@ def test_a_full_disk_as_numpy_says_it(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("luthier.export.gguf_adapter.GGUFWriter.write_tensors_to_file", full)
     with pytest.raises(PreflightError, match=r"24576 requested and 23496 written\. Check the disk's free space\."):
         export(str(adapted(tmp_path)), to="gguf-adapter", out=tmp_path / "out")
+
+
+def test_rows_that_nothing_is_compared_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An option is followed or refused, and a file that is not there is said before a model is loaded."""
+    adapter, rows, out = str(adapted(tmp_path)), row_file(tmp_path), tmp_path / "out"
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("luthier.export.export.open_subject", never)
+    with pytest.raises(ConfigError, match=r"which --to peft does with --verify alone\. Add it, or leave --data out\."):
+        export(adapter, to="peft", out=out, data=rows)
+    with pytest.raises(ConfigError, match=r"got --rows 0 beside it\. Leave one of them out\."):
+        export(adapter, to="merged", out=out, data=rows, rows=0)
+    with pytest.raises(DataError, match=r"there is no file .*nowhere\.jsonl"):
+        export(adapter, to="merged", out=out, data=str(tmp_path / "nowhere.jsonl"))

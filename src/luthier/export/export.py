@@ -19,7 +19,7 @@ from luthier.export.job import Check, Job
 from luthier.export.merge import Merge
 from luthier.export.merged_folder import default_kind
 from luthier.export.report import ExportReport
-from luthier.export.request import ADAPTER_FORMS, DEFAULT_ROWS, MERGED_FORMS, check_request, file_name, new_folder
+from luthier.export.request import ADAPTER_FORMS, DEFAULT_ROWS, MERGED_FORMS, check_data, check_request, file_name, new_folder
 from luthier.export.subject import load_original, open_subject, rows_of
 from luthier.export.verification import Verification
 from luthier.export.write import ADAPTER_WRITERS, write_folder, write_gguf
@@ -54,6 +54,7 @@ def export(
     NumericError where a number does not fit its type or the verified result computes something else, and what loading raises.
     """
     check_request(to, dtype, base)
+    check_data(to, data, rows, verify=verify, offline=offline)
     folder = new_folder(out)
     subject = open_subject(target, base_model=base_model, offline=offline, progress=progress)
     if to in ADAPTER_FORMS and subject.adapter is None:

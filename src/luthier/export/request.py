@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from luthier.data.read import open_source
 from luthier.errors import ConfigError, PreflightError, nearest, one_line
 from luthier.export import forms
 from luthier.export.choices import BASES
@@ -28,6 +29,19 @@ def check_request(to: str, dtype: str | None, base: str | None) -> None:
     kinds = forms.MERGED_KINDS if to == "merged" else (*forms.GGUF_KINDS, AS_IS)
     if dtype is not None and dtype not in kinds:
         raise ConfigError(f"--dtype with --to {to} is one of {', '.join(kinds)}; got {dtype!r}.{nearest(dtype, kinds)}")
+
+
+def check_data(to: str, data: str | None, rows: int, *, verify: bool, offline: bool) -> None:
+    """Raise ConfigError for rows that nothing would be compared on, DataError for a file that is not there."""
+    if data is None:
+        return
+    if rows == 0:
+        raise ConfigError("--data names rows to compare on; got --rows 0 beside it. Leave one of them out.")
+    if to in ADAPTER_FORMS and not verify:
+        raise ConfigError(
+            f"--data names rows to compare on, which --to {to} does with --verify alone. Add it, or leave --data out."
+        )
+    open_source(data, offline=offline)
 
 
 def new_folder(out: str | Path) -> Path:
