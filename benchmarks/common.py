@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -13,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 PROBES = 30
+# Student's t for a 95 % interval of the mean of so many values.
+STUDENT_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
+WORDS = "the quick brown fox jumps over a lazy dog; play music tomorrow in paris, book a table for two please"
 
 
 def describe_machine() -> dict[str, Any]:
@@ -54,5 +59,17 @@ def run_part(script: str, part: str, arguments: Sequence[str]) -> dict[str, Any]
     return {**json.loads(done.stdout.splitlines()[-1]), "process_seconds": time.perf_counter() - started}
 
 
+def mean_with_interval(values: Sequence[float]) -> dict[str, Any]:
+    """The mean, and Student's 95 % interval, None where STUDENT_95 has none for so many values."""
+    mean, interval = statistics.fmean(values), None
+    if len(values) in STUDENT_95:
+        half = STUDENT_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+        interval = [mean - half, mean + half]
+    return {"mean": mean, "interval": interval}
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    """Whole or not at all: a run that is stopped while it writes leaves what was there."""
+    beside = path.with_name(f".{path.name}.part")
+    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(beside, path)

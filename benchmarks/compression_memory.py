@@ -14,6 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from common import peak_rss_bytes, write_json
+
 # Libraries look for a package called `kernels`; a script of that name lies in this folder.
 sys.path.remove(str(Path(__file__).resolve().parent))
 
@@ -36,9 +38,6 @@ def main() -> None:
     limit = 3 * report.candidates[0].size_bytes
     print(f"{'in all':50s} {marks.most / 1e6:8.1f} MB; three times the model in 16 bits: {limit / 1e6:.1f} MB")
     if options.json:
-        sys.path.insert(0, str(Path(__file__).resolve().parent))
-        from common import write_json
-
         write_json(options.json, {"benchmark": "compression_memory", "stages": marks.stages, "limit_bytes": limit})
 
 
@@ -71,16 +70,11 @@ class Marks:
             self._stage = stage
 
     def end(self) -> None:
-        peak = high_water_bytes()
+        peak = peak_rss_bytes()
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         if self._stage:
             self.stages.append((self._stage, peak))
             print(f"{self._stage:50s} {peak / 1e6:8.1f} MB", flush=True)
-
-
-def high_water_bytes() -> int:
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from common import describe_machine, write_json
+
 # Libraries look for a package called `kernels`; a script of that name lies in this folder.
 sys.path.remove(str(Path(__file__).resolve().parent))
 
@@ -39,9 +41,6 @@ def main() -> None:
                 rows.append(measured(shape, kind, tokens, options.share, options.rounds))
                 print_row(rows[-1])
     if options.json:
-        sys.path.insert(0, str(Path(__file__).resolve().parent))
-        from common import describe_machine, write_json
-
         write_json(options.json, {"benchmark": "compression_speed", "environment": describe_machine(), "rows": rows})
 
 

@@ -12,18 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
-from common import describe_machine, write_json
+from common import describe_machine, mean_with_interval, write_json
 
 # Libraries look for packages called as scripts in this folder are.
 sys.path.remove(str(Path(__file__).resolve().parent))
 
-STUDENT_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 PAIRS = (("lora", "full"), ("qlora", "lora"))
 
 
@@ -87,10 +84,7 @@ def by_method(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def spread(values: list[float]) -> dict[str, Any]:
-    """The mean, and Student's 95 % interval where there are seeds enough for one."""
-    mean = statistics.fmean(values)
-    half = STUDENT_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values)) if len(values) in STUDENT_95 else None
-    return {"values": values, "mean": mean, "interval": None if half is None else [mean - half, mean + half]}
+    return {"values": values, **mean_with_interval(values)}
 
 
 def table(result: dict[str, Any]) -> str:

@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from common import describe_machine, peak_rss_bytes, run_part, write_json
+from race_data import IGNORED
+from race_peers import padded
 
 # kernels.py beside this script must not pass for the package of that name, which the peer looks for.
 sys.path.remove(str(Path(__file__).resolve().parent))
-IGNORED = -100
 LOSS_TOLERANCE = 0.01
 
 
@@ -181,19 +182,6 @@ def train_peer(work: Path) -> dict[str, Any]:
     trainer.train()
     model.save_pretrained(work / "peer")
     return side(work / "peer", clock.seconds, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
-
-
-def padded(rows: list[dict[str, list[int]]]) -> dict[str, Any]:
-    """A batch of rows as long as its longest, padded on the right."""
-    import torch
-
-    longest = max(len(row["input_ids"]) for row in rows)
-
-    def filled(key: str, filler: int) -> torch.Tensor:
-        return torch.tensor([row[key] + [filler] * (longest - len(row[key])) for row in rows])
-
-    mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows])
-    return {"input_ids": filled("input_ids", 0), "labels": filled("labels", IGNORED), "attention_mask": mask}
 
 
 def side(adapter: Path, seconds: list[float], losses: list[float]) -> dict[str, Any]:

@@ -19,11 +19,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from common import WORDS
+
 # Libraries look for a package called `kernels`; a script of that name lies in this folder.
 sys.path.remove(str(Path(__file__).resolve().parent))
 
 MEMORY_TOLERANCE, TIME_TOLERANCE = 0.10, 0.20
-WORDS = "the quick brown fox jumps over a lazy dog; play music tomorrow in paris, book a table for two please"
 CASES = (
     {"base": "f32"},
     {"base": "bf16"},

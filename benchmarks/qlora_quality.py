@@ -24,14 +24,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from common import describe_machine, run_part, write_json
+from common import STUDENT_95, describe_machine, mean_with_interval, run_part, write_json
 
 # Libraries look for a package called `kernels`; a script of that name lies in this folder.
 sys.path.remove(str(Path(__file__).resolve().parent))
 
 FORMATS = ("bf16", "int4", "fp4", "nf4", "nf4 double")
 METHODS = ("full", "lora", "qlora")
-STUDENT_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 RESAMPLES = 10_000
 WITHIN = 1.01
 
@@ -162,7 +161,7 @@ def bootstrap(differences: list[float], seed: int) -> list[float]:
 def tune(train: Path, valid: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Held-out loss of each method after the same steps on the same rows, over the seeds."""
     methods = {method: [tuned_loss(train, valid, method, seed, options) for seed in range(options.seeds)] for method in METHODS}
-    summary = {method: {"losses": losses, **interval(losses)} for method, losses in methods.items()}
+    summary = {method: {"losses": losses, **mean_with_interval(losses)} for method, losses in methods.items()}
     means = {method: summary[method]["mean"] for method in METHODS}
     return {
         "train": f"{train.parent.name}/{train.name}",
@@ -212,14 +211,9 @@ def tuning(options: argparse.Namespace) -> dict[str, Any]:
     return {"loss": result.eval["after"]["loss"]}
 
 
-def interval(values: list[float]) -> dict[str, Any]:
-    mean, half = statistics.fmean(values), STUDENT_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
-    return {"mean": mean, "interval": [mean - half, mean + half]}
-
-
 def ratio(one: list[float], other: list[float]) -> dict[str, Any]:
     """Of the losses of one method to the other's, seed by seed."""
-    return interval([a / b for a, b in zip(one, other, strict=True)])
+    return mean_with_interval([a / b for a, b in zip(one, other, strict=True)])
 
 
 def print_formats(result: dict[str, Any]) -> None:

@@ -78,6 +78,30 @@ def random_blocks(shape: tuple[int, ...], kind: Kind) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 60, (shape[0], shape[1] // block * block_bytes), np.uint8)
 
 
+def write_random_blocks(path: Path, config: Any, matrices: dict[str, tuple[int, int]], norms: list[str]) -> Path:
+    """A llama in random Q8_0 blocks of small scales, made and written one tensor at a time; norms are 1. Names are gguf's."""
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in (_settings(config, "llama") | vocabulary()).items():
+        _add(writer, key.replace("ARCH", "llama"), value)
+    generator, block, block_bytes = np.random.default_rng(0), *gguf.GGML_QUANT_SIZES[Kind.Q8_0]
+    for name, (rows, columns) in matrices.items():
+        size = (rows, columns // block * block_bytes)
+        writer.add_tensor_info(name, size, np.dtype(np.uint8), rows * size[1], raw_dtype=Kind.Q8_0)
+    for name in norms:
+        writer.add_tensor_info(name, (config.hidden_size,), np.dtype(np.float32), 4 * config.hidden_size)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for rows, columns in matrices.values():
+        data = generator.integers(0, 256, (rows, columns // block, block_bytes), np.uint8)
+        data[:, :, :2] = np.frombuffer(np.float16(0.001).tobytes(), np.uint8)
+        writer.write_tensor_data(data.reshape(rows, -1))
+    for _ in norms:
+        writer.write_tensor_data(np.ones(config.hidden_size, np.float32))
+    writer.close()
+    return path
+
+
 def write_vocabulary(path: Path, architecture: str, metadata: dict[str, Any], rows: int = 512) -> Path:
     """A file with a tokenizer and an embedding of `rows` rows, no whole model."""
     writer = gguf.GGUFWriter(path, architecture)

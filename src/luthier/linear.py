@@ -15,59 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from luthier import kernels
-from luthier.errors import ShapeError
-from luthier.matrices import MATRICES, FactoredMatrix, Matrix
-from luthier.matrices.factored import StoredMatrix
-from luthier.matrices.products import row_blocks
+from luthier.matrices import FactoredMatrix, Matrix, StoredMatrix
+from luthier.terms import LowRankTerm, column_norms, gain_of, joined, row_norms
 
-
-class LowRankTerm(nn.Module):
-    """s (x A^T) B^T, its factors in float32 whatever the matrix beside it is stored in.
-
-    lora_A: (r, in_features); lora_B: (out_features, r); lora_B_bias: (out_features,) or None;
-    magnitude: (out_features,), only in DoRA, where the layer computes m (W + s B A) / |W + s B A|_row.
-    `enabled=False` takes the term out of its layer's sum. Raises ShapeError where the factors do not fit each other.
-    """
-
-    def __init__(
-        self,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scaling: float,
-        dropout: float = 0.0,
-        magnitude: Tensor | None = None,
-        lora_B_bias: Tensor | None = None,
-    ):
-        super().__init__()
-        if lora_A.ndim != 2 or lora_B.ndim != 2 or lora_A.shape[0] != lora_B.shape[1]:
-            raise ShapeError(f"A is (r, in) and B is (out, r); got {tuple(lora_A.shape)} and {tuple(lora_B.shape)}.")
-        self.lora_A = nn.Parameter(lora_A.to(torch.float32).contiguous())
-        self.lora_B = nn.Parameter(lora_B.to(torch.float32).contiguous())
-        self.lora_B_bias = None if lora_B_bias is None else nn.Parameter(lora_B_bias.to(torch.float32))
-        self.magnitude = None if magnitude is None else nn.Parameter(magnitude.to(torch.float32))
-        self.scaling = scaling
-        self.dropout = dropout
-        self.enabled = True
-
-    @property
-    def rank(self) -> int:
-        return self.lora_A.shape[0]
-
-    @property
-    def is_fused(self) -> bool:
-        """Whether the term can be part of the frozen product: no magnitude, and no dropout of its own on x."""
-        return self.magnitude is None and not (self.dropout and self.training)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The term alone, in float32."""
-        dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        y = F.linear(F.linear(dropped.to(torch.float32), self.lora_A), self.lora_B, self.lora_B_bias)
-        return y * self.scaling
-
-    def delta(self) -> Tensor:
-        """s B A, (out_features, in_features), float32."""
-        return self.scaling * (self.lora_B @ self.lora_A)
+__all__ = [
+    "LowRankEmbedding", "LowRankLinear", "LowRankTerm", "column_norms", "count_numbers", "enabled_terms", "joined",
+    "keep_checkpoint_names", "outputs_of", "right_factor", "row_norms",
+]  # fmt: skip
 
 
 class LowRankLinear(nn.Module):
@@ -120,7 +74,7 @@ class LowRankLinear(nn.Module):
         With dropout D: x W^T + (g - 1) D(x) W^T + g s (D(x) A^T) B^T, as PEFT computes it. `base` is x W^T plus the terms
         before this one, which are scaled as a whole, so the product with W alone is taken out of it there.
         """
-        gain = _gain(magnitude, row_norms(self.matrix, term))
+        gain = gain_of(magnitude, row_norms(self.matrix, term))
         if term.dropout and self.training:
             dropped = F.dropout(x, term.dropout)
             low_rank = F.linear(F.linear(dropped.to(torch.float32), term.lora_A), term.lora_B, term.lora_B_bias) * term.scaling
@@ -140,7 +94,7 @@ class LowRankLinear(nn.Module):
             if term.lora_B_bias is not None:
                 shift = term.scaling * term.lora_B_bias + (0.0 if shift is None else shift)
             if term.magnitude is not None:
-                gain = _gain(term.magnitude, row_norms(self.matrix, term))
+                gain = gain_of(term.magnitude, row_norms(self.matrix, term))
                 weight *= gain[:, None]
                 shift = None if shift is None else gain * shift
         if shift is None:
@@ -169,55 +123,12 @@ def right_factor(layer: nn.Module) -> StoredMatrix | None:
     return None
 
 
-def joined(terms: Sequence[LowRankTerm]) -> kernels.Term | None:
-    """The sum of the terms as one: A stacked on rows, s B side by side. None where there is none."""
-    if not terms:
-        return None
-    if len(terms) == 1:
-        return kernels.Term(terms[0].lora_A, terms[0].lora_B, terms[0].scaling)
-    A = torch.cat([term.lora_A for term in terms])
-    return kernels.Term(A, torch.cat([term.scaling * term.lora_B for term in terms], 1))
-
-
 def _term_biases(terms: Sequence[LowRankTerm]) -> list[Tensor]:
     return [term.scaling * term.lora_B_bias for term in terms if term.lora_B_bias is not None]
 
 
 def _summed_bias(parts: Sequence[Tensor]) -> Tensor | None:
     return sum(parts[1:], parts[0]) if parts else None
-
-
-@torch.no_grad()
-def row_norms(matrix: Matrix, term: LowRankTerm) -> Tensor:
-    """|W + s B A| of each row, (out_features,), float32, without forming W + s B A.
-
-    |w_o + s b_o A|^2 = |w_o|^2 + 2 s b_o . (A w_o) + s^2 b_o (A A^T) b_o^T, summed in float64. |w_o|^2 is kept by the
-    matrix, so a step costs what r tokens through W cost.
-    """
-    return _norms(matrix.row_norms_squared(), matrix.matmul(term.lora_A).T, term)
-
-
-@torch.no_grad()
-def column_norms(matrix: Matrix, term: LowRankTerm) -> Tensor:
-    """|W^T + s B A| of each row, (hidden,), float32: the same for an embedding, whose W is (vocabulary, hidden)."""
-    cross = torch.zeros(matrix.shape[1], term.rank, device=term.lora_A.device)
-    for start, rows in row_blocks(matrix):
-        cross += rows.T @ term.lora_A[:, start : start + len(rows)].T
-    return _norms(matrix.column_norms_squared(), cross, term)
-
-
-def _norms(squared: Tensor, cross: Tensor, term: LowRankTerm) -> Tensor:
-    """sqrt(squared + 2 s cross . B + s^2 B (A A^T) B^T), row by row. squared: (out,); cross: (out, r) = W A^T."""
-    A, B = term.lora_A.to(torch.float64), term.lora_B.to(torch.float64)
-    own = ((B @ (A @ A.T)) * B).sum(1)
-    total = squared + 2 * term.scaling * (cross.to(torch.float64) * B).sum(1) + term.scaling**2 * own
-    return total.clamp_min(0).sqrt().to(torch.float32)
-
-
-def _gain(magnitude: Tensor, norms: Tensor) -> Tensor:
-    """m / |row|, and 0 for a row that is zero, as in the unused rows of a vocabulary: there is nothing to scale."""
-    empty = norms == 0
-    return torch.where(empty, 0.0, magnitude / norms.masked_fill(empty, 1.0))
 
 
 def enabled_terms(layer: LowRankLinear | LowRankEmbedding) -> list[LowRankTerm]:
@@ -259,7 +170,7 @@ class LowRankEmbedding(nn.Module):
         for term in enabled_terms(self):
             y = y + F.linear(F.embedding(ids, term.lora_A.T, self.padding_idx), term.lora_B) * term.scaling
             if term.magnitude is not None:
-                y = y * _gain(term.magnitude, column_norms(self.matrix, term))
+                y = y * gain_of(term.magnitude, column_norms(self.matrix, term))
         return y if self.scale == 1.0 else y * self.scale
 
     @torch.no_grad()
@@ -269,14 +180,14 @@ class LowRankEmbedding(nn.Module):
         for term in enabled_terms(self):
             weight += term.delta().T
             if term.magnitude is not None:
-                weight *= _gain(term.magnitude, column_norms(self.matrix, term))
+                weight *= gain_of(term.magnitude, column_norms(self.matrix, term))
         return weight
 
 
 def count_numbers(model: nn.Module) -> int:
     """Numbers in the model, shared ones once: the weights that a matrix in blocks stands for, not its bytes."""
-    own = [module for module in model.modules() if not isinstance(module, MATRICES)]
-    matrices = [module for module in model.modules() if isinstance(module, MATRICES)]
+    own = [module for module in model.modules() if not isinstance(module, StoredMatrix)]
+    matrices = [module for module in model.modules() if isinstance(module, StoredMatrix)]
     plain = {id(parameter): parameter.numel() for module in own for parameter in module.parameters(recurse=False)}
     return sum(plain.values()) + sum(matrix.shape[0] * matrix.shape[1] for matrix in matrices)
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from tiny import write_tiny
 
+from luthier.compression import contest, measure, runner
 from luthier.compression import heal as healing
-from luthier.compression import measure, runner
 from luthier.compression.heal import Teacher, heal
 from luthier.compression.measure import Windows, cost_of, loss_difference, measure_windows, quality_of
 from luthier.compression.report import Candidate, Report
@@ -22,7 +22,12 @@ from luthier.compression.runner import compress
 from luthier.compression.settings import Budget, CompressSettings
 from luthier.compression.tasks import measure_task
 from luthier.compression.texts import read_texts
+from luthier.data import Renderer
 from luthier.errors import ConfigError, DataError, PreflightError
+from luthier.evaluation.evaluate import evaluate
+from luthier.evaluation.sets import NamedFile, load_set
+from luthier.linear import count_numbers
+from luthier.models.compressed_folder import stored_bytes
 from luthier.models.load import load
 
 LINES = [
@@ -116,9 +121,9 @@ def test_healing_is_kept_where_it_makes_the_best_and_stays_within_the_budget(
         """As measured, and a nat less or more of what was healed: training a model of random weights does next to nothing."""
         return mean(measured, texts) + (0 if not hasattr(measured, "was_healed") else -1 if helps else 1)
 
-    mean = runner._mean
-    monkeypatch.setattr(runner, "heal", train)
-    monkeypatch.setattr(runner, "_mean", loss)
+    mean = contest.mean_loss
+    monkeypatch.setattr(contest, "heal", train)
+    monkeypatch.setattr(contest, "mean_loss", loss)
     report = compress(settings(model, tmp_path / "out", text, "50%", bits="4", heal=30))
     assert weights_bytes(tmp_path / "out") == report.result.size_bytes <= report.budget_bytes
     allowed = [one for one in report.candidates[1:] if one.size_bytes <= report.budget_bytes]
@@ -136,6 +141,21 @@ def test_healing_is_kept_where_it_makes_the_best_and_stays_within_the_budget(
         assert page.count("healed, healed") == 0
     assert any("healing was dropped" in note for note in report.notes) is not helps
     assert load(str(tmp_path / "out")).model.config.model_type == "llama"
+
+
+def test_a_step_of_healing_that_is_not_finite_loses_nothing_that_was_measured(
+    model: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([1.0, float("nan")])
+    monkeypatch.setattr(healing, "_backward", lambda *_arguments: next(losses))
+    report = compress(settings(model, tmp_path / "out", text, "50%", bits="4", heal=30))
+    assert not any(one.healed for one in report.candidates)
+    assert report.result.validation_loss == min(one.validation_loss for one in report.candidates[1:])
+    failed = [note for note in report.notes if "failed, and the best plan without it was kept" in note]
+    assert len(failed) == 1
+    assert "the loss of step 2 is nan" in failed[0]
+    assert load(str(tmp_path / "out")).model.config.model_type == "llama"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
 def test_a_head_that_healing_does_not_know_is_refused_before_anything_is_measured(
@@ -194,7 +214,7 @@ def test_an_interrupt_leaves_nothing(model: Path, text: str, tmp_path: Path, mon
     def stop(*_args, **_more):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runner, "_finish", stop)
+    monkeypatch.setattr(runner, "finish", stop)
     with pytest.raises(KeyboardInterrupt):
         compress(settings(model, tmp_path / "out", text))
     assert not list(tmp_path.iterdir())
@@ -308,6 +328,25 @@ def test_rows_with_answers_give_task_figures_with_paired_intervals(model: Path, 
     assert "before loading" in page
 
 
+def test_rows_with_choices_are_scored_by_likelihood_as_an_evaluation_scores_them(
+    model: Path, text: str, tmp_path: Path
+) -> None:
+    options = {"choices": ["yes", "not at all"]}
+    rows = [json.dumps({"prompt": line, **options, "answer": place % 2}) for place, line in enumerate(LINES[:24])]
+    path = tmp_path / "task.jsonl"
+    path.write_text("\n".join(rows))
+    report = compress(settings(model, tmp_path / "out", text, "45%", bits="4", eval_data=str(path), window=128))
+    loaded = load(str(tmp_path / "out"))
+    renderer = Renderer(loaded.tokenizer, max_length=128)
+    one = load_set(NamedFile("task", str(path)), renderer, on_long="error")
+    asked = evaluate(
+        loaded.model, loaded.tokenizer, one.dataset, renderer, metrics=("loss", "choice"), max_new_tokens=1, extras=one.extras
+    )
+    assert report.result.task is not None
+    assert report.result.task.metrics == pytest.approx(asked.metrics)
+    assert " On 24 rows of the task this result's choice accuracy is " in report.sentence()
+
+
 def test_an_answer_is_the_likelier_label_for_the_model_that_is_written(model: Path, text: str, tmp_path: Path) -> None:
     """The figures of the result are those of the folder when it is opened again."""
     rows = [json.dumps({"prompt": line, "completion": ("yes", "no")[place % 2]}) for place, line in enumerate(LINES[:24])]
@@ -334,6 +373,19 @@ def test_the_next_token_is_right_where_it_is_the_likeliest(model: Path, text: st
             likeliest = loaded.model(pack.ids[None]).logits[0, :-1].argmax(1)
         assert right == float((likeliest == pack.ids[1:]).sum())
     assert quality_of(found, found).accuracy == found.right.sum() / found.tokens.sum()
+
+
+def test_of_an_embedding_that_is_not_the_heads_too_one_row_is_read_a_token(tmp_path: Path) -> None:
+    tied, own = (
+        load(str(write_tiny(tmp_path / name, "llama", tied=name == "tied", dtype=torch.bfloat16))).model
+        for name in ("tied", "own")
+    )
+    embedding = tied.get_input_embeddings().matrix
+    row = 2 * embedding.shape[1] * measure.JOULES_A_BYTE
+    assert measure.joules_of_a_token(own) == pytest.approx(measure.joules_of_a_token(tied) + row, rel=1e-9)
+    numbers = count_numbers(tied)
+    expected = stored_bytes(tied) * measure.JOULES_A_BYTE + numbers * measure.JOULES_A_MULTIPLY_ADD
+    assert measure.joules_of_a_token(tied) == pytest.approx(expected)
 
 
 def test_a_first_token_that_is_held_up_makes_decoding_no_faster(

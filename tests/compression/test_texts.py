@@ -132,6 +132,18 @@ def test_of_a_long_plain_text_as_much_is_read_as_is_needed(tmp_path: Path, monke
     assert not read_file(str(data), TOKENIZER, window=64, enough=10**9, offline=True).notes
 
 
+def test_no_more_is_turned_to_tokens_than_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = written(tmp_path / "data.txt", sentences(16, 8000))
+    assert data.stat().st_size > 300_000
+    asked: list[int] = []
+    encode = TOKENIZER.encode
+    monkeypatch.setattr(TOKENIZER, "encode", lambda text, **more: (asked.append(len(text)), encode(text, **more))[1])
+    for enough, most in ((500, reading.LEAST_PIECE_BYTES), (20_000, 8 * 20_000)):
+        asked.clear()
+        read_file(str(data), TOKENIZER, window=64, enough=enough, offline=True)
+        assert most - 100 < sum(asked) <= most
+
+
 def test_of_long_rows_as_many_are_read_as_are_needed(tmp_path: Path) -> None:
     data = as_rows(tmp_path / "data.jsonl", sentences(11, 1000))
     read = read_file(str(data), TOKENIZER, window=64, enough=500, offline=True)
@@ -145,11 +157,10 @@ def test_of_long_rows_as_many_are_read_as_are_needed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["é" * 90, "日本語の文章。" * 20, "one two\nthree 😀 four " * 9, "\ufeffbegins with a mark", "x" * 200]
 )
-def test_pieces_put_together_are_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int, text: str) -> None:
-    monkeypatch.setattr(reading, "PIECE_BYTES", piece)
+def test_pieces_put_together_are_the_text(tmp_path: Path, piece: int, text: str) -> None:
     path = tmp_path / "text.txt"
     path.write_text(text, encoding="utf-8")
-    pieces = list(reading._pieces(path))
+    pieces = list(reading._pieces(path, piece))
     assert "".join(part for _, part in pieces) == text.removeprefix("\ufeff")
     assert sum(size for size, _ in pieces) == path.stat().st_size
 
@@ -202,3 +213,32 @@ def test_free_answers_are_written_and_compared(tmp_path: Path) -> None:
     assert texts.task is not None
     assert texts.task.metric == "exact"
     assert any(note.startswith(f"Task figures are of {len(texts.task.examples)} rows") for note in texts.notes)
+
+
+def choices(number: int) -> list[str]:
+    return [
+        json.dumps({"prompt": line, "choices": ["yes", "not at all", "maybe"], "answer": place % 3})
+        for place, line in enumerate(sentences(15, number))
+    ]
+
+
+def test_rows_with_choices_are_read_with_the_right_one_and_are_a_task(tmp_path: Path) -> None:
+    rows = choices(90)
+    data, held = written(tmp_path / "all.jsonl", rows, "\n"), written(tmp_path / "held.jsonl", rows[::8], "\n")
+    texts = texts_of(data, held, window=128)
+    assert texts.task is not None
+    assert texts.task.choices is not None
+    assert texts.task.metric == "choice"
+    right = [json.loads(row)["answer"] for row in rows[::8]]
+    assert [choice.right for choice in texts.task.choices] == right
+    assert [example.completion for example in texts.task.examples] == [("yes", "not at all", "maybe")[one] for one in right]
+    assert "12 of 90 rows of all.jsonl hold text that is in held.jsonl too and were left out of calibration." in texts.notes
+    seen = TOKENIZER.decode(texts.evaluation[0].ids.tolist())
+    assert json.loads(rows[0])["prompt"] in seen
+    assert "yes" in seen
+
+
+def test_a_row_that_has_no_choices_among_rows_that_have_is_named(tmp_path: Path) -> None:
+    data = written(tmp_path / "all.jsonl", [*choices(90), '{"text": "no choices"}'], "\n")
+    with pytest.raises(DataError, match=r"all\.jsonl:91.*this has no choices, the first row has"):
+        texts_of(data, None, window=128)

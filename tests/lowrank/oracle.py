@@ -26,6 +26,12 @@ def output_error(W: Tensor, other: Tensor, X: Tensor) -> float:
     return float((X @ (W.to(torch.float64) - other.to(torch.float64)).T).square().sum())
 
 
+def metric_error(W: Tensor, other: Tensor, H: Tensor) -> float:
+    """tr((W - W') H (W - W')^T)."""
+    E = W.to(torch.float64) - other.to(torch.float64)
+    return float(((E @ H.to(torch.float64)) * E).sum())
+
+
 def best_error(W: Tensor, X: Tensor, rank: int) -> float:
     """The least sum_t |(W - W') x_t|^2 over all W' of that rank: what Eckart and Young leave of W X^T."""
     sigma = torch.linalg.svdvals(W.to(torch.float64) @ X.T)

@@ -8,13 +8,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from oracle import generator, layer, output_error
+from oracle import generator, layer, metric_error, output_error
 from torch import Tensor
 
 from luthier.errors import ConfigError, NumericError, ShapeError
 from luthier.kernels.quantize import quantize_gguf
 from luthier.lowrank import rounding
-from luthier.lowrank.rounding import Grid, damped, fit_steps, metric_error, round_in_metric, search_steps
+from luthier.lowrank.rounding import Grid, damped, fit_steps, round_in_metric, search_steps
 from luthier.lowrank.rounding_gguf import round_gguf
 from luthier.lowrank.rounding_nf4 import round_nf4
 from luthier.matrices import GGUFMatrix, NF4Matrix

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from luthier.errors import ShapeError
+from luthier.kernels.storage import DENSE_DTYPES
 from luthier.matrices import DenseMatrix
-from luthier.matrices.dense import STORAGE_DTYPES
 
 MANY_ROWS = 300_000  # two blocks of BLOCK_ELEMENTS at 7 columns
 
@@ -18,7 +18,7 @@ def make(dtype: torch.dtype = torch.float32, transposed: bool = False, rows: int
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("dtype", STORAGE_DTYPES.values())
+@pytest.mark.parametrize("dtype", DENSE_DTYPES.values())
 def test_products_are_those_of_the_widened_matrix(dtype: torch.dtype, transposed: bool) -> None:
     matrix = make(dtype, transposed)
     wide = (matrix.weight.T if transposed else matrix.weight).to(torch.float64)
@@ -38,7 +38,7 @@ def test_products_are_those_of_the_widened_matrix(dtype: torch.dtype, transposed
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("dtype", STORAGE_DTYPES.values())
+@pytest.mark.parametrize("dtype", DENSE_DTYPES.values())
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_activations_in_16_bits_are_widened_and_never_the_whole_weight(
     half: torch.dtype, dtype: torch.dtype, transposed: bool, monkeypatch: pytest.MonkeyPatch
@@ -55,7 +55,7 @@ def test_activations_in_16_bits_are_widened_and_never_the_whole_weight(
     torch.testing.assert_close(x.grad.double(), wide.sum(0).expand(3, 7), rtol=2e-2, atol=5e-2)
 
 
-@pytest.mark.parametrize("dtype", STORAGE_DTYPES.values())
+@pytest.mark.parametrize("dtype", DENSE_DTYPES.values())
 def test_a_weight_that_trains_gets_gradients(dtype: torch.dtype) -> None:
     matrix = make(dtype)
     matrix.weight.requires_grad_(True)
@@ -78,7 +78,7 @@ def test_norms_are_exact_cached_and_follow_the_weight(transposed: bool) -> None:
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_float32_copy_is_laid_out_the_same_and_shares_nothing(transposed: bool) -> None:
-    for dtype in STORAGE_DTYPES.values():
+    for dtype in DENSE_DTYPES.values():
         matrix = make(dtype, transposed)
         copied = matrix.float32_copy()
         assert copied.weight.dtype == torch.float32

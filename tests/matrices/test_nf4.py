@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from luthier.errors import NumericError, ShapeError
 from luthier.linear import LowRankLinear
-from luthier.matrices import NF4Matrix, cuda
+from luthier.matrices import DenseMatrix, NF4Matrix, cuda, nf4, stored
 from luthier.matrices.nf4 import STATE_KEY
 
 CASES = {
@@ -73,6 +73,34 @@ def test_bitsandbytes_reads_a_matrix_that_is_handed_to_it(dtype: torch.dtype, do
     pytest.importorskip("bitsandbytes")
     matrix = make(double, (24, 128))
     assert torch.equal(cuda.dequantize_nf4(matrix, dtype), matrix.dequantize(dtype))
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "shape"), [("q8_0", (200, 96)), ("q4_0", (65, 32)), ("q4_k", (130, 256)), ("bf16", (129, 33))]
+)
+def test_a_matrix_that_is_stored_otherwise_gets_the_same_bytes_a_few_rows_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, kind: str, shape: tuple[int, int], double: bool
+) -> None:
+    monkeypatch.setattr(nf4, "CONVERTED_ELEMENTS", 1)
+    before = stored(torch.randn(shape, generator=torch.Generator().manual_seed(8)), kind)
+    whole, seen = before.dequantize(), []
+    rows = before.row_range
+    monkeypatch.setattr(before, "row_range", lambda start, stop: (seen.append(stop - start), rows(start, stop))[1])
+    converted, expected = NF4Matrix.converted(before, double=double), NF4Matrix.quantize(whole, double=double)
+    assert sum(seen) == shape[0]
+    assert len(seen) > 1
+    assert set(seen[:-1]) == {64}
+    assert converted.tensors().keys() == expected.tensors().keys()
+    assert all(torch.equal(tensor, expected.tensors()[key]) for key, tensor in converted.tensors().items())
+
+
+def test_a_weight_that_is_not_finite_is_named_by_its_place_in_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nf4, "CONVERTED_ELEMENTS", 1)
+    weight = torch.randn(100, 8)
+    weight[70, 3] = torch.nan
+    with pytest.raises(NumericError, match=r"got nan at \[70, 3\], 1 in all"):
+        NF4Matrix.converted(DenseMatrix(weight))
 
 
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32])

@@ -21,7 +21,7 @@ from luthier.config import RunConfig, make_config
 from luthier.data import Example
 from luthier.data.packing import pack_examples
 from luthier.errors import ConfigError, DataError, PreflightError
-from luthier.matrices import MATRICES
+from luthier.matrices import StoredMatrix
 from luthier.models.load import load
 from luthier.training import plan as planning
 from luthier.training import planner as planner_module
@@ -61,7 +61,7 @@ def test_headers_tell_what_the_loaded_model_is(
     blueprint = read_blueprint(config, Listener())
     targets, trained = count_trained(blueprint, config)
     prepared = read_model(config, read_data(config, Listener()), Listener())
-    matrices = {id(module): module for module in prepared.model.modules() if isinstance(module, MATRICES)}
+    matrices = {id(module): module for module in prepared.model.modules() if isinstance(module, StoredMatrix)}
     assert blueprint.matrix_bytes == sum(matrix.size_bytes for matrix in matrices.values())
     assert trained == prepared.trainable_parameters
     inside = {id(parameter) for matrix in matrices.values() for parameter in matrix.parameters()}

@@ -9,7 +9,7 @@ from torch import nn
 
 from luthier.errors import AdapterError
 from luthier.linear import LowRankEmbedding, LowRankLinear
-from luthier.matrices import MATRICES, DenseMatrix, Matrix
+from luthier.matrices import DenseMatrix, Matrix, StoredMatrix
 
 
 class Widener:
@@ -31,7 +31,7 @@ class Widener:
                     )
                 module.matrix = self._matrix(module.matrix)
         for module in list(root.modules()):
-            if isinstance(module, MATRICES):
+            if isinstance(module, StoredMatrix):
                 continue
             for key, parameter in list(module.named_parameters(recurse=False)):
                 setattr(module, key, self._parameter(parameter))

@@ -22,7 +22,6 @@ from luthier.notices import heard_by
 PROBE_TOKENS = 2
 
 See = Callable[[str, Tensor], None]
-SeeGradient = Callable[[str, Tensor, Tensor], None]
 
 
 class _SeenEnough(Exception):
@@ -94,53 +93,34 @@ def look_at_inputs(model: PreTrainedModel, pack: Pack, names: Sequence[str], see
     run_looking(model, layers, see_flat, run, last=last)
 
 
-def look_at_gradients(model: PreTrainedModel, pack: Pack, names: Sequence[str], see: SeeGradient) -> float:
-    """Run the pack forward and backward: see(name, x, g), x (T', in_features) the input of a layer of `names` and
-    g (T', out_features) the gradient of the summed loss at its output. Returns that sum, over the pack's supervised tokens.
+def look_at_output_gradients(model: PreTrainedModel, pack: Pack, names: Sequence[str], see: See) -> None:
+    """Run the pack forward and backward: see(name, g), g (T', out_features) the gradient of the loss, summed over the pack's
+    supervised tokens, at the output of each layer of `names` that it depends on.
 
     T' is T, and in the last decoder layer may be those tokens alone that a loss depends on. Parameters get no gradient.
-    Memory: beside the pass, the inputs of all layers looked at, until backward has passed them.
     Raises ConfigError for the head, whose logits are never whole.
     """
-
-    def watch(name: str, x: Tensor, output: Tensor) -> None:
-        x = x.detach().reshape(-1, x.shape[-1])
-        output.register_hook(lambda g: see(name, x, g.detach().reshape(-1, g.shape[-1])))
-
-    return _run_backward(model, pack, names, watch)
-
-
-def look_at_output_gradients(model: PreTrainedModel, pack: Pack, names: Sequence[str], see: See) -> float:
-    """As `look_at_gradients` with see(name, g) alone, and without the memory that inputs take."""
-
-    def watch(name: str, _x: Tensor, output: Tensor) -> None:
-        output.register_hook(lambda g: see(name, g.detach().reshape(-1, g.shape[-1])))
-
-    return _run_backward(model, pack, names, watch)
-
-
-def _run_backward(
-    model: PreTrainedModel, pack: Pack, names: Sequence[str], watch: Callable[[str, Tensor, Tensor], None]
-) -> float:
-    """watch(name, input, output) at each layer whose output the loss depends on, then backward; the summed loss."""
     layers = linear_layers(model, names)
     if head_name(model) in layers:
         raise ConfigError("gradients are seen below the head, whose logits are never whole. Leave the head out.")
 
-    def hook(name: str) -> Callable[[Any, tuple[Tensor, ...], Tensor], None]:
-        return lambda _module, inputs, output: watch(name, inputs[0], output) if output.requires_grad else None
+    def watch(name: str) -> Callable[[Any, Any, Tensor], None]:
+        def hook(_module: Any, _inputs: Any, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(lambda g: see(name, g.detach().reshape(-1, g.shape[-1])))
+
+        return hook
 
     with (
         evaluation_mode(model),
         heard_by(_nobody),
-        hooked({name: layer.register_forward_hook(hook(name)) for name, layer in layers.items()}),
+        hooked({name: layer.register_forward_hook(watch(name)) for name, layer in layers.items()}),
         inputs_require_grads(model) as entered,
         torch.enable_grad(),
     ):
         loss = supervised_loss(model, pack)
         if entered and loss.requires_grad:
             loss.backward(inputs=entered)
-    return float(loss.detach())
 
 
 def run_looking(

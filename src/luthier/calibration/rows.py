@@ -11,6 +11,8 @@ from luthier.data import Example
 from luthier.data.packing import Pack, pack_examples
 from luthier.errors import DataError
 
+CHARACTERS_A_TOKEN, CUT_TOKENS = 6, 64
+
 
 def row_packs(examples: Sequence[Example], *, tokens: int, max_tokens: int) -> list[Pack]:
     """Packs of whole rows, evenly spread over `examples`, of about `tokens` tokens in all, at most `max_tokens` in one.
@@ -34,12 +36,23 @@ def text_packs(
     Every token but a window's first is supervised. A text that is shorter gives fewer windows, the last one cut.
     Raises DataError for a text of fewer than two tokens.
     """
-    ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False)[: windows * length], dtype=torch.int64)
+    ids = torch.tensor(_first_tokens(tokenizer, text, windows * length), dtype=torch.int64)
     cut = [window for window in ids.split(length) if len(window) > 1]
     if not cut:
         raise DataError(f"calibration needs a text of at least two tokens; got {len(ids)}. Give a longer one.")
     a_pack = max(1, max_tokens // length)
     return [_text_pack(cut[first : first + a_pack]) for first in range(0, len(cut), a_pack)]
+
+
+def _first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> list[int]:
+    """The first `count` tokens of a text, or all, no more of it tokenised than about twice what is needed. What is cut off
+    changes only tokens near the cut, of which CUT_TOKENS are not used."""
+    characters = CHARACTERS_A_TOKEN * (count + CUT_TOKENS)
+    while True:
+        ids = tokenizer.encode(text[:characters], add_special_tokens=False)
+        if characters >= len(text) or len(ids) >= count + CUT_TOKENS:
+            return ids[:count]
+        characters *= 2
 
 
 def _text_pack(windows: Sequence[torch.Tensor]) -> Pack:

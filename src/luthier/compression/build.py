@@ -13,8 +13,7 @@ from luthier.compression.walk import Group, Seen, walk
 from luthier.data.packing import Pack
 from luthier.linear import LowRankEmbedding, LowRankLinear
 from luthier.lowrank import damped, pivoted, projected, round_factors, round_gguf, round_nf4, round_pivoted
-from luthier.matrices import Matrix, stored
-from luthier.matrices.factored import StoredMatrix
+from luthier.matrices import Matrix, StoredMatrix, stored
 from luthier.progress import Progress
 
 # Of the inputs' mean square, given to every direction when a left factor is fitted: text of finite length leaves some empty.

@@ -25,11 +25,10 @@ from luthier.calibration.sensitivity import energy
 from luthier.compression.build import IN_METRIC, rounded
 from luthier.compression.probing import Family, Probe, Trial, measure_factors, probed_names, truncated
 from luthier.compression.settings import Bits
-from luthier.compression.specs import Spec, rank_at, spec_bytes, whole
+from luthier.compression.specs import Spec, factor_kinds, rank_at, rounded_kinds, spec_bytes, whole, whole_kinds
 from luthier.compression.walk import Group, Seen
 from luthier.data.packing import Pack
 from luthier.errors import NumericError
-from luthier.kernels.storage import GGUF_BLOCKS
 from luthier.lowrank import Choice, projected
 from luthier.matrices import stored
 
@@ -125,6 +124,11 @@ class Prober:
                 left = W - rounded(W, seen.metric, kind, in_metric=True).dequantize()
                 self.gains[seen.name.rpartition(".")[2], kind] = ratio(energy(left, seen.metric), errors[kind])
 
+    @property
+    def factor_kinds(self) -> list[str]:
+        """What factors may be stored in."""
+        return factor_kinds(self.bits, self.sixteen)
+
     def gain(self, name: str, kind: str) -> float:
         """What rounding in the metric leaves of the error at nearest codes, as measured for layers of that name."""
         return self.gains.get((name.rpartition(".")[2], kind), 1.0)
@@ -137,14 +141,6 @@ class Prober:
 def ratio(after: float, before: float) -> float:
     """after / before, 1 where there was nothing to lower."""
     return min(1.0, after / before) if before > 0 else 1.0
-
-
-def rounded_kinds(columns: int, bits: Bits) -> list[str]:
-    """The storages without factors, but 16 bits, that a row of so many weights can have."""
-    if bits == "16":
-        return []
-    kinds = ["nf4", "q4_0", "q4_k", *(["q8_0"] if bits == "auto" else [])]
-    return [kind for kind in kinds if kind not in GGUF_BLOCKS or columns % GGUF_BLOCKS[kind][0] == 0]
 
 
 def layer_options(facts: LayerFacts, prober: Prober, even_shares: Mapping[str, float]) -> list[Option]:
@@ -162,12 +158,11 @@ def layer_options(facts: LayerFacts, prober: Prober, even_shares: Mapping[str, f
 
 def whole_specs(facts: LayerFacts, prober: Prober) -> list[Spec]:
     """The storages without factors that are allowed."""
-    kinds = [] if prober.bits == "4" else [prober.sixteen]
-    return [whole(kind) for kind in [*kinds, *rounded_kinds(facts.shape[1], prober.bits)]]
+    return [whole(kind) for kind in whole_kinds(facts.shape[1], prober.bits, prober.sixteen)]
 
 
 def repair_specs(facts: LayerFacts, prober: Prober) -> list[Spec]:
-    return [Spec("repair", "nf4", rank, factors) for rank in facts.repaired for factors in factor_kinds(prober)]
+    return [Spec("repair", "nf4", rank, factors) for rank in facts.repaired for factors in prober.factor_kinds]
 
 
 def low_rank_options(facts: LayerFacts, prober: Prober) -> list[Option]:
@@ -175,7 +170,7 @@ def low_rank_options(facts: LayerFacts, prober: Prober) -> list[Option]:
     return [
         option_of(facts, Spec("low-rank", "", rank, factors), prober)
         for rank in range(RANK_STEP, min(facts.shape), RANK_STEP)
-        for factors in factor_kinds(prober)
+        for factors in prober.factor_kinds
     ]
 
 
@@ -193,10 +188,6 @@ def option_of(facts: LayerFacts, spec: Spec, prober: Prober) -> Option:
     elif spec.kind in facts.errors:
         loss = rounds * facts.errors[spec.kind]
     return Option(spec, spec_bytes(spec, facts.shape), max(0.0, loss))
-
-
-def factor_kinds(prober: Prober) -> list[str]:
-    return {"16": [prober.sixteen], "4": ["nf4"], "auto": [prober.sixteen, "nf4"]}[prober.bits]
 
 
 def pruned(options: Iterable[Option]) -> list[Option]:

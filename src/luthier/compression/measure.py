@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -147,14 +148,24 @@ def cost_of(model: PreTrainedModel, ids: Tensor) -> Cost:
             all_tokens.append(_seconds(lambda: generator.generate([begin], 1 + DECODED_TOKENS)))
     # The best of each: of differences the best would be that whose first token was held up.
     decoding = max(min(all_tokens) - min(first_token), 1e-9)
-    size_bytes, parameters = stored_bytes(model), count_numbers(model)
     return Cost(
-        size_bytes,
-        parameters,
+        stored_bytes(model),
+        count_numbers(model),
         len(prompt) / min(reading),
         DECODED_TOKENS / decoding,
-        size_bytes * JOULES_A_BYTE + parameters * JOULES_A_MULTIPLY_ADD,
+        joules_of_a_token(model),
     )
+
+
+def joules_of_a_token(model: PreTrainedModel) -> float:
+    """To decode one: every weight is read and multiplied once; of an embedding that is not the head's too, one row is read."""
+    size_bytes, numbers = stored_bytes(model), count_numbers(model)
+    embedding: Any = model.get_input_embeddings()
+    if getattr(model.get_output_embeddings(), "matrix", None) is not embedding.matrix:
+        rows, columns = embedding.matrix.shape
+        size_bytes -= embedding.matrix.size_bytes * (rows - 1) // rows
+        numbers -= rows * columns
+    return size_bytes * JOULES_A_BYTE + numbers * JOULES_A_MULTIPLY_ADD
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -15,17 +15,15 @@ from luthier.compression.candidates import (
     Option,
     Prober,
     choices_of,
-    factor_kinds,
     layer_options,
     low_rank_options,
     option_of,
     repair_specs,
     whole_specs,
 )
-from luthier.compression.specs import ENTRY_BYTES, Spec, part_bytes, rank_at, spec_bytes, whole
+from luthier.compression.specs import ENTRY_BYTES, Spec, fitting, part_bytes, rank_at, spec_bytes, whole
 from luthier.data.packing import Pack
 from luthier.errors import PreflightError
-from luthier.kernels.storage import GGUF_BLOCKS
 from luthier.linear import LowRankEmbedding
 from luthier.lowrank import allocate
 from luthier.models.compressed_folder import stored_state
@@ -33,6 +31,7 @@ from luthier.progress import Progress
 from luthier.units import size_text
 
 LEAST_RISE = 1e-6  # nats: a table in fewer bits is never expected to be better
+TABLE_KINDS = ("q8_0", "q4_0", "nf4")
 RATIOS = tuple(share / 100 for share in range(5, 100, 5))
 
 
@@ -46,6 +45,11 @@ class Plan:
     tables: dict[str, str]
     size_bytes: int
     rise: float
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether some layer has any, which healing can train."""
+        return any(spec.rank for spec in self.layers.values())
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ def tables_of(model: PreTrainedModel, packs: Sequence[Pack], prober: Prober, pro
         matrix = layers[name].matrix
         sharing = [layer for layer in layers.values() if layer.matrix is matrix]
         rises = {prober.sixteen: 0.0}
-        kinds = _table_kinds(matrix.shape[1], prober)
+        kinds = [] if prober.bits == "16" else fitting(TABLE_KINDS, matrix.shape[1])
         for number, kind in enumerate(kinds):
             if progress is not None:
                 progress(f"trying {name} in fewer bits", number, len(kinds))
@@ -81,11 +85,6 @@ def tables_of(model: PreTrainedModel, packs: Sequence[Pack], prober: Prober, pro
                 layer.matrix = matrix
         tables.append(Table(name, matrix.shape, rises))
     return tables
-
-
-def _table_kinds(columns: int, prober: Prober) -> list[str]:
-    kinds = [] if prober.bits == "16" else ["q8_0", "q4_0", "nf4"]
-    return [kind for kind in kinds if kind not in GGUF_BLOCKS or columns % GGUF_BLOCKS[kind][0] == 0]
 
 
 def fixed_bytes(model: PreTrainedModel) -> int:
@@ -115,7 +114,7 @@ def _table_options(table: Table) -> list[Option]:
 def _even_shares(facts: Sequence[LayerFacts], tables: Sequence[Table], prober: Prober, budget: int) -> dict[str, float]:
     """For each kind of factors the share of the layers' numbers that the budget holds in it, tables at their smallest."""
     left = budget - sum(min(part_bytes(kind, *table.shape) for kind in table.rises) for table in tables)
-    return {kind: max(0.0, left / sum(part_bytes(kind, *one.shape) for one in facts)) for kind in factor_kinds(prober)}
+    return {kind: max(0.0, left / sum(part_bytes(kind, *one.shape) for one in facts)) for kind in prober.factor_kinds}
 
 
 def _check_fits(options: dict[str, list[Option]], budget: int) -> None:
@@ -158,7 +157,7 @@ def _families(facts: Sequence[LayerFacts], prober: Prober) -> Iterator[list[Opti
     each = [whole_specs(one, prober) + repair_specs(one, prober) for one in facts]
     for spec in (spec for spec in each[0] if all(spec in own for own in each)):
         yield [option_of(one, spec, prober) for one in facts]
-    for factors in factor_kinds(prober):
+    for factors in prober.factor_kinds:
         for share in RATIOS:
             ranked = [_at_share(one, prober, factors, share) for one in facts]
             if all(ranked):

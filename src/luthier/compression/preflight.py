@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from luthier.adapters.targets import low_rank_layers
-from luthier.compression.candidates import RANK_STEP, rounded_kinds
+from luthier.compression.candidates import RANK_STEP
 from luthier.compression.reading import check_readable
 from luthier.compression.settings import CompressSettings
-from luthier.compression.specs import Spec, part_bytes, spec_bytes, whole
+from luthier.compression.specs import Spec, factor_kinds, part_bytes, rounded_kinds, spec_bytes, whole, whole_kinds
 from luthier.config import NF4Options, Storage
 from luthier.errors import PreflightError
 from luthier.generation.generator import position_limit
@@ -64,8 +64,32 @@ def survey(settings: CompressSettings, progress: Progress | None = None) -> Surv
     source = resolve(settings.model, offline=settings.offline, progress=progress)
     config, weights = open_weights(source.path)
     sixteen: Storage = "f16" if _plain_dtypes(weights) == {torch.float16} else "bf16"
-    model = build_skeleton(config, str(source.path))
-    filler = Filler(model, weights, sixteen, str(source.path), NF4Options())
+    outline = _outline(config, weights, sixteen, str(source.path))
+    window = min(settings.window, position_limit(outline.model) or settings.window)
+    budget = settings.budget.bytes_of(outline.numbers)
+    found = Survey(sixteen, outline.numbers, outline.own_bytes, budget, window, _origin_notes(weights))
+    if window < settings.window:
+        found.notes.append(f"Windows have {window} tokens, as many as the model has positions.")
+    smallest = _smallest_bytes(outline.model, settings, sixteen) + 2 * outline.rest
+    _check_budget(settings, found, smallest)
+    _check_room(settings, found)
+    return found
+
+
+@dataclass(frozen=True)
+class _Outline:
+    """A model without its numbers. numbers: how many it has, rest of them in no matrix; own_bytes: as it comes, the rest in
+    16 bits."""
+
+    model: PreTrainedModel
+    numbers: int
+    rest: int
+    own_bytes: int
+
+
+def _outline(config: PretrainedConfig, weights: WeightSource, sixteen: Storage, where: str) -> _Outline:
+    model = build_skeleton(config, where)
+    filler = Filler(model, weights, sixteen, where, NF4Options())
     keys, tied = filler.storages(), filler.tied
     shapes = {key: tuple(model.get_parameter(key).shape) for key in keys}
     kinds = {key: stored_as(weights, filler.source_name(key)) for key in keys}
@@ -73,14 +97,7 @@ def survey(settings: CompressSettings, progress: Progress | None = None) -> Surv
     numbers = sum(parameter.numel() for parameter in model.parameters())
     rest = numbers - sum(rows * columns for rows, columns in shapes.values())
     put_layers(model, lambda _name, rows, columns: DenseMatrix(torch.empty(rows, columns, device="meta")), tied=tied)
-    window = min(settings.window, position_limit(model) or settings.window)
-    found = Survey(sixteen, numbers, own + 2 * rest, settings.budget.bytes_of(numbers), window, _origin_notes(weights))
-    if window < settings.window:
-        found.notes.append(f"Windows have {window} tokens, as many as the model has positions.")
-    smallest = _smallest_bytes(model, settings, sixteen) + 2 * rest
-    _check_budget(settings, found, smallest)
-    _check_room(settings, found)
-    return found
+    return _Outline(model, numbers, rest, own + 2 * rest)
 
 
 def _plain_dtypes(weights: WeightSource) -> set[torch.dtype | None]:
@@ -109,20 +126,19 @@ def _smallest_bytes(model: PreTrainedModel, settings: CompressSettings, sixteen:
         if id(layer.matrix) in seen:
             continue
         seen.add(id(layer.matrix))
-        kinds = rounded_kinds(columns, settings.bits)
         if isinstance(layer, LowRankEmbedding) or layer is head:
-            total += min(part_bytes(kind, rows, columns) for kind in (sixteen, *kinds))
+            kinds = (sixteen, *rounded_kinds(columns, settings.bits))
+            total += min(part_bytes(kind, rows, columns) for kind in kinds)
         else:
-            total += min(spec_bytes(spec, (rows, columns)) for spec in _forms(kinds, min(rows, columns), settings, sixteen))
+            total += min(spec_bytes(spec, (rows, columns)) for spec in _forms((rows, columns), settings, sixteen))
     return total
 
 
-def _forms(kinds: list[str], full_rank: int, settings: CompressSettings, sixteen: Storage) -> list[Spec]:
+def _forms(shape: tuple[int, int], settings: CompressSettings, sixteen: Storage) -> list[Spec]:
     """The forms of a layer without factors, and with the lowest rank that is tried."""
-    dense = [] if settings.bits == "4" else [sixteen]
-    factors = ["nf4"] if settings.bits == "4" else [sixteen] if settings.bits == "16" else [sixteen, "nf4"]
-    lowest = [Spec("low-rank", "", RANK_STEP, kind) for kind in factors if full_rank > RANK_STEP]
-    return [*(whole(kind) for kind in (*dense, *kinds)), *lowest]
+    wholes = [whole(kind) for kind in whole_kinds(shape[1], settings.bits, sixteen)]
+    kinds = factor_kinds(settings.bits, sixteen) if min(shape) > RANK_STEP else []
+    return [*wholes, *(Spec("low-rank", "", RANK_STEP, kind) for kind in kinds)]
 
 
 def _check_budget(settings: CompressSettings, found: Survey, smallest: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -14,12 +14,17 @@ from luthier.data import Example, Renderer
 from luthier.data.lines import UTF8_BOM, decode, refuse_wide_encodings
 from luthier.data.load import Lengths, fit, length_problems, render_source
 from luthier.data.problems import Problems
-from luthier.data.read import open_source
+from luthier.data.read import Source, open_source
 from luthier.errors import DataError
+from luthier.evaluation.choice import Choice
+from luthier.evaluation.sets import choice_rows, has_choices
 from luthier.units import count_text, size_text, visible
 
 PLAIN_SUFFIXES = (".txt", ".raw", ".md")
-PIECE_BYTES = 1 << 20
+# What is read, and turned to tokens, at a time: no more than is needed, if a token has no more than so many bytes.
+PIECE_BYTES, LEAST_PIECE_BYTES, BYTES_A_TOKEN = 1 << 20, 1 << 16, 8
+# A row, and what it lets choose from where it does.
+RowRead = tuple[Example, Choice | None]
 _LAST_BREAK = re.compile(rb".*[\n ]", re.DOTALL)
 
 
@@ -38,8 +43,8 @@ class Read:
 def read_file(path: str, tokenizer: PreTrainedTokenizerBase, *, window: int, enough: int, rows: int = 0, offline: bool) -> Read:
     """The first texts of a file that have at least `enough` tokens together, and at least so many rows.
 
-    Plain text (.txt, .raw, .md) is one text; of anything else each row is one, rendered as for training and cut at `window`
-    tokens; rows that say the same are one.
+    Plain text (.txt, .raw, .md) is one text; of anything else each row is one, rendered as for training (with choices, as if
+    the right one were its answer) and cut at `window` tokens; rows that say the same are one.
     Raises DataError for a file that is missing or no file, is not UTF-8 (with the place of the byte), or has bad rows.
     """
     if is_plain(path):
@@ -63,16 +68,29 @@ def check_readable(path: str, flag: str, *, offline: bool) -> None:
 
 def rows_for_task(
     path: str, tokenizer: PreTrainedTokenizerBase, *, window: int, wanted: set[str], offline: bool
-) -> tuple[Renderer, list[Example]]:
-    """The rows at the places `wanted` with the answer alone supervised, and their renderer."""
+) -> tuple[Renderer, list[RowRead]]:
+    """The rows at the places `wanted` with the answer alone supervised, and their renderer; those that fit `window`."""
     renderer = Renderer(tokenizer, max_length=window)
-    found: list[Example] = []
-    problems, lengths = Problems(), Lengths()
-    for _, batch in render_source(open_source(path, offline=offline), renderer, problems, lengths):
-        found += [one for one in batch if one.where in wanted and len(one.ids) <= window and any(one.supervised)]
+    found: list[RowRead] = []
+    for batch in _rendered(open_source(path, offline=offline), renderer, Problems(), Lengths()):
+        found += [(one, choice) for one, choice in batch if one.where in wanted and _fits(one, choice, window)]
         if len(found) == len(wanted):
             break
     return renderer, found
+
+
+def _fits(example: Example, choice: Choice | None, window: int) -> bool:
+    length = len(example.ids) if choice is None else max(len(example.ids), choice.longest_answer(example))
+    return length <= window and any(example.supervised)
+
+
+def _rendered(source: Source, renderer: Renderer, problems: Problems, lengths: Lengths) -> Iterator[Sequence[RowRead]]:
+    """Batches of rows; of a file with choices each row with the right one as its answer, and its choices."""
+    if has_choices(source):
+        yield from ([row] for row in choice_rows(source, renderer, problems, lengths))
+    else:
+        for _, batch in render_source(source, renderer, problems, lengths):
+            yield [(example, None) for example in batch]
 
 
 def _read_plain(path: str, tokenizer: PreTrainedTokenizerBase, enough: int) -> Read:
@@ -81,7 +99,7 @@ def _read_plain(path: str, tokenizer: PreTrainedTokenizerBase, enough: int) -> R
     read = 0
     try:
         total = Path(path).stat().st_size
-        for size, text in _pieces(Path(path)):
+        for size, text in _pieces(Path(path), min(PIECE_BYTES, max(LEAST_PIECE_BYTES, BYTES_A_TOKEN * enough))):
             ids += tokenizer.encode(text, add_special_tokens=False)
             read += size
             if len(ids) >= enough:
@@ -97,15 +115,15 @@ def _read_plain(path: str, tokenizer: PreTrainedTokenizerBase, enough: int) -> R
     return Read(name, [ids], True, notes=notes)
 
 
-def _pieces(path: Path) -> Iterator[tuple[int, str]]:
-    """(bytes, text) piece by piece, cut behind a line break or a space where there is one."""
+def _pieces(path: Path, size: int) -> Iterator[tuple[int, str]]:
+    """(bytes, text) piece by piece of about `size` bytes, cut behind a line break or a space where there is one."""
     offset, line, rest = 0, 1, b""
     with path.open("rb") as file:
-        while chunk := file.read(PIECE_BYTES):
+        while chunk := file.read(size):
             raw = rest + chunk
             if not offset:
                 refuse_wide_encodings(path, raw)
-            cut = _cut(raw) if len(chunk) == PIECE_BYTES else len(raw)
+            cut = _cut(raw) if len(chunk) == size else len(raw)
             text = decode(raw[:cut], path, offset, line)
             yield cut, text.removeprefix(UTF8_BOM.decode()) if not offset else text
             offset, line, rest = offset + cut, line + raw.count(b"\n", 0, cut), raw[cut:]
@@ -132,8 +150,8 @@ def _read_rows(path: str, tokenizer: PreTrainedTokenizerBase, window: int, enoug
     tokens = kept = 0
     on_long: Literal["truncate"] = "truncate"
     stopped = False
-    for _, batch in render_source(source, renderer, problems, lengths):
-        for example in filter(None, (fit(one, window, on_long, lengths) for one in batch)):
+    for batch in _rendered(source, renderer, problems, lengths):
+        for example in filter(None, (fit(one, window, on_long, lengths) for one, _ in batch)):
             kept += 1
             tokens += len(example.ids) if examples.setdefault(tuple(example.ids), example) is example else 0
         if stopped := tokens >= enough and len(examples) >= rows:

@@ -88,30 +88,32 @@ class Report:
     def sentence(self) -> str:
         """What to ship, in one plain sentence, and where there is a task a second one on it."""
         result, plain = self.result, self.named(PLAIN)
-        assert result.quality is not None
-        size, share = size_text(result.size_bytes), percent_text(result.size_bytes / self.original.size_bytes)
-        windows = result.quality.windows
+        size = f"{size_text(result.size_bytes)} ({percent_text(result.size_bytes / self.original.size_bytes)} of the original)"
         rise = f"perplexity {_perplexity(result)} against {_perplexity(self.original)} of the original"
         if result.name == PLAIN or plain is None or plain.quality is None:
-            found = f"Ship plain 4-bit (NF4): at {size} ({share} of the original) nothing that was tried is better; {rise}."
+            found = f"Ship plain 4-bit (NF4): at {size} nothing that was tried is better; {rise}."
         elif plain.size_bytes > self.budget_bytes:
-            found = f"Ship this result: {size} ({share} of the original), {rise}; plain 4-bit (NF4) does not fit the budget."
+            found = f"Ship this result: {size}, {rise}; plain 4-bit (NF4) does not fit the budget."
         else:
-            beside = f"plain 4-bit (NF4) takes {size_text(plain.size_bytes)} and has {_perplexity(plain)}"
-            apart = self.beside_plain(result)
-            assert apart is not None
-            low, high = apart[1]
-            if low > 0:
-                found = f"Ship plain 4-bit (NF4) instead: {beside}; this result has {rise} at {size}."
-            elif high < 0:
-                found = f"Ship this result: {size} ({share} of the original), {rise}; {beside}."
-            else:
-                smaller = "plain 4-bit (NF4)" if plain.size_bytes <= result.size_bytes else "this result"
-                found = (
-                    f"Ship {smaller}, the smaller of two between which {windows} windows show no difference: this result takes "
-                    f"{size} ({share} of the original) with {rise}; {beside}."
-                )
+            found = self._beside_plain_sentence(plain, size, rise)
         return found + self._task_sentence()
+
+    def _beside_plain_sentence(self, plain: Candidate, size: str, rise: str) -> str:
+        """Which of the result and plain NF4 to ship, where both fit."""
+        result, apart = self.result, self.beside_plain(self.result)
+        assert apart is not None
+        assert result.quality is not None
+        low, high = apart[1]
+        beside = f"plain 4-bit (NF4) takes {size_text(plain.size_bytes)} and has {_perplexity(plain)}"
+        if low > 0:
+            return f"Ship plain 4-bit (NF4) instead: {beside}; this result has {rise} at {size_text(result.size_bytes)}."
+        if high < 0:
+            return f"Ship this result: {size}, {rise}; {beside}."
+        smaller = "plain 4-bit (NF4)" if plain.size_bytes <= result.size_bytes else "this result"
+        return (
+            f"Ship {smaller}, the smaller of two between which {result.quality.windows} windows show no difference: "
+            f"this result takes {size} with {rise}; {beside}."
+        )
 
     def _task_sentence(self) -> str:
         result, plain, original = self.result, self.named(PLAIN), self.original

@@ -5,17 +5,17 @@ from __future__ import annotations
 import errno
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from luthier.calibration.sensitivity import mean_loss
-from luthier.compression.build import build
 from luthier.compression.candidates import LayerFacts, Prober
+from luthier.compression.contest import WORK, Job, built, finish, fitting_candidates
 from luthier.compression.footprint import footprint_of
-from luthier.compression.heal import Teacher, heal, healing_packs, known_head, teacher_of
+from luthier.compression.heal import Teacher, healing_packs, known_head, teacher_of
 from luthier.compression.measure import cost_of, measure_windows, quality_of
 from luthier.compression.page import write_report
 from luthier.compression.planning import Plan, Table, allocated_plan, fixed_bytes, nf4_plan, tables_of, uniform_plan
@@ -29,36 +29,11 @@ from luthier.config import Storage
 from luthier.disk import STAGING_PREFIX, staged_folder
 from luthier.errors import ConfigError, PreflightError
 from luthier.models.compressed_description import is_compressed
-from luthier.models.compressed_folder import stored_bytes, write_compressed
+from luthier.models.compressed_folder import stored_bytes
 from luthier.models.load import Loaded, load, load_tokenizer
 from luthier.progress import Progress
 from luthier.training.allocator import release_free_memory, set_freed_memory_kept
 from luthier.training.memory import peak_rss_bytes
-from luthier.units import size_text
-
-WORK = ".work"
-
-
-@dataclass
-class _Job:
-    """What the stages of one run hand on to each other. found: what was known before any weight was read."""
-
-    settings: CompressSettings
-    stage: Path
-    progress: Progress | None
-    found: Survey
-    texts: Texts
-    groups: list[Group]
-    original: Candidate
-    teacher: Teacher | None
-    notes: list[str]
-
-    def say(self, stage: str) -> Progress | None:
-        """Progress whose stages say of which model they are."""
-        if self.progress is None:
-            return None
-        report = self.progress
-        return lambda what, done, total: report(f"{stage}: {what}", done, total)
 
 
 def compress(settings: CompressSettings, progress: Progress | None = None) -> Report:
@@ -106,25 +81,27 @@ def _run(settings: CompressSettings, found: Survey, stage: Path, progress: Progr
     release_free_memory()
     prober, plans = _planned(settings, found, loaded.model, texts, groups, progress)
     teacher = _teacher(loaded.model, texts, settings.heal) if settings.heal else None
-    job = _Job(settings, stage, progress, found, texts, groups, original, teacher, notes)
-    candidates = [original, _build(job, loaded, plans[0])]
+    job = Job(settings, stage, progress, found, texts, groups, original, teacher, notes)
+    candidates = [original, built(job, loaded, plans[0])]
     del loaded, prober.model
     for plan in plans[1:]:
         release_free_memory()
-        candidates.append(_build(job, load(settings.model, base=found.sixteen, offline=settings.offline), plan))
-    chosen = _finish(job, _fitting(candidates[1:], found.budget, settings.bits))
+        candidates.append(built(job, load(settings.model, base=found.sixteen, offline=settings.offline), plan))
+    chosen = finish(job, fitting_candidates(candidates[1:], found.budget, settings.bits))
     if chosen.healed:
         candidates.append(chosen)
     if settings.footprints:
         _add_footprints(job, chosen, next(one for one in candidates if one.name == PLAIN))
-    _remove_work(stage)
+    shutil.rmtree(stage / WORK)
     return _report(job, candidates, chosen, prober.facts)
 
 
 def _measured_original(loaded: Loaded, texts: Texts, progress: Progress | None) -> Candidate:
     model = loaded.model
     windows = measure_windows(model, texts.evaluation)
-    found = Candidate(ORIGINAL, windows.mean_loss, _mean(model, texts), 0.0, stored_bytes(model), windows=windows)
+    found = Candidate(
+        ORIGINAL, windows.mean_loss, mean_loss(model, texts.validation), 0.0, stored_bytes(model), windows=windows
+    )
     found.quality, found.cost = quality_of(windows, windows), cost_of(model, texts.evaluation[0].ids)
     if texts.task is not None:
         found.task = measure_task(model, loaded.tokenizer, texts.task, progress)
@@ -142,7 +119,7 @@ def _planned(
     return prober, _plans(prober, tables, found.budget - fixed_bytes(model), heals=settings.heal > 0)
 
 
-def _report(job: _Job, candidates: list[Candidate], chosen: Candidate, facts: list[LayerFacts]) -> Report:
+def _report(job: Job, candidates: list[Candidate], chosen: Candidate, facts: list[LayerFacts]) -> Report:
     settings, texts = job.settings, job.texts
     assert chosen.plan is not None
     return Report(
@@ -180,10 +157,6 @@ def _teacher(model: Any, texts: Texts, steps: int) -> Teacher:
     return teacher_of(model, healing_packs(texts.calibration, texts.healing, steps, width))
 
 
-def _mean(model: Any, texts: Texts) -> float:
-    return mean_loss(model, texts.validation)
-
-
 def _plans(prober: Prober, tables: list[Table], budget: int, *, heals: bool) -> list[Plan]:
     """The allocated plan, the best uniform one where it is another, and plain NF4 for comparison.
 
@@ -193,36 +166,13 @@ def _plans(prober: Prober, tables: list[Table], budget: int, *, heals: bool) -> 
     uniform = uniform_plan(prober.facts, tables, prober, budget)
     if uniform is not None and uniform.layers != plans[0].layers:
         plans.append(uniform)
-    if heals and not any(_has_factors(plan) for plan in plans):
+    if heals and not any(plan.has_factors for plan in plans):
         factored = uniform_plan(prober.facts, tables, prober, budget, factored=True)
         plans += [] if factored is None else [factored]
     return [*plans, nf4_plan(prober.facts, tables, budget)]
 
 
-def _build(job: _Job, loaded: Loaded, plan: Plan) -> Candidate:
-    """Build one plan on a dense model, measure it and keep it on disk."""
-    model, say = loaded.model, job.say(plan.name)
-    build(model, job.texts.calibration, job.groups, plan.layers, plan.tables, say, in_metric=plan.name != PLAIN)
-    folder = job.stage / WORK / plan.name.replace(" ", "-")
-    folder.mkdir(parents=True)
-    write_compressed(folder, model, loaded.tokenizer, origin=job.settings.model, progress=say)
-    found = Candidate(plan.name, 0.0, _mean(model, job.texts), plan.rise, _weights_bytes(folder), plan=plan, folder=folder)
-    _measure(job, loaded, found)
-    return found
-
-
-def _measure(job: _Job, loaded: Loaded, found: Candidate) -> None:
-    model, task, original = loaded.model, job.texts.task, job.original.windows
-    assert original is not None
-    found.windows = measure_windows(model, job.texts.evaluation)
-    found.quality = quality_of(found.windows, original)
-    found.cost = cost_of(model, job.texts.evaluation[0].ids)
-    found.loss = found.quality.loss
-    if task is not None:
-        found.task = measure_task(model, loaded.tokenizer, task, job.say(found.name))
-
-
-def _add_footprints(job: _Job, chosen: Candidate, plain: Candidate) -> None:
+def _add_footprints(job: Job, chosen: Candidate, plain: Candidate) -> None:
     """Memory of the original, of plain NF4 and of the result; where it cannot be measured, a note says why."""
     settings = job.settings
     models = [(job.original, settings.model, job.found.sixteen), (chosen, str(job.stage), None)]
@@ -234,66 +184,6 @@ def _add_footprints(job: _Job, chosen: Candidate, plain: Candidate) -> None:
         one.footprint, reason = footprint_of(model, base=base, offline=settings.offline, threads=torch.get_num_threads())
         if one.footprint is None:
             job.notes.append(f"The memory of {one.name} could not be measured: {reason}.")
-
-
-def _weights_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def _fitting(candidates: list[Candidate], budget: int, bits: str) -> list[Candidate]:
-    """Those that may be the result: within the budget, and not in 4 bits where 16 were asked for; the best first."""
-    fitting = [one for one in candidates if one.size_bytes <= budget and not (bits == "16" and one.name == PLAIN)]
-    if not fitting:
-        smallest = min(candidates, key=lambda one: one.size_bytes)
-        raise PreflightError(
-            f"the budget is {size_text(budget)}; the smallest result takes {size_text(smallest.size_bytes)}. Raise --budget."
-        )
-    return sorted(fitting, key=lambda one: one.validation_loss)
-
-
-def _finish(job: _Job, fitting: list[Candidate]) -> Candidate:
-    """The result, its files where they are to be. fitting: the best first.
-
-    Healing is tried on the best that has factors, else on the best, and kept where that is then the best of all.
-    """
-    best = fitting[0]
-    if job.teacher is not None:
-        candidate = next((one for one in fitting if one.plan is not None and _has_factors(one.plan)), best)
-        healed = _healed(job, job.teacher, candidate, best)
-        if healed is not None:
-            return healed
-    assert best.folder is not None
-    for path in sorted(best.folder.iterdir()):
-        shutil.move(path, job.stage / path.name)
-    return best
-
-
-def _healed(job: _Job, teacher: Teacher, candidate: Candidate, best: Candidate) -> Candidate | None:
-    """The candidate after healing, written as the result; None, with a note, where another is still better."""
-    loaded = load(str(candidate.folder))
-    model = loaded.model
-    settings = job.settings
-    heal(model, teacher, settings.heal, seed=settings.seed, progress=job.say("healing"))
-    before, after = candidate.validation_loss, _mean(model, job.texts)
-    if not after < best.validation_loss:  # nor is NaN
-        job.notes.append(
-            f"Healing {candidate.name} took its loss on kept-out text from {before:.4f} to {after:.4f}, and {best.name} "
-            f"without healing has {best.validation_loss:.4f}: healing was dropped."
-        )
-        return None
-    write_compressed(job.stage, model, loaded.tokenizer, origin=settings.model)
-    found = replace(candidate, name=f"{candidate.name}, healed", healed=True, validation_loss=after, folder=None)
-    found.size_bytes = _weights_bytes(job.stage)
-    _measure(job, loaded, found)
-    return found
-
-
-def _has_factors(plan: Plan) -> bool:
-    return any(spec.rank for spec in plan.layers.values())
-
-
-def _remove_work(stage: Path) -> None:
-    shutil.rmtree(stage / WORK)
 
 
 def _is_of_writing(error: OSError, out: Path) -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from luthier.kernels.storage import DENSE_DTYPES
+from luthier.compression.settings import Bits
+from luthier.kernels.storage import GGUF_BLOCKS
 from luthier.training.blueprint import stored_bytes
 
 Form = Literal["whole", "repair", "low-rank"]
@@ -70,6 +72,23 @@ def rank_at(shape: tuple[int, int], share: float) -> float:
     return (total - math.sqrt(max(0.0, total**2 - 4 * share * rows * columns))) / 2
 
 
-def is_dense(spec: Spec) -> bool:
-    """Whether the layer stays in plain numbers of 16 or 32 bits."""
-    return spec.form == "whole" and spec.kind in DENSE_DTYPES
+def rounded_kinds(columns: int, bits: Bits) -> list[str]:
+    """The storages without factors, but 16 bits, that a row of so many weights can have."""
+    if bits == "16":
+        return []
+    return fitting(["nf4", "q4_0", "q4_k", *(["q8_0"] if bits == "auto" else [])], columns)
+
+
+def whole_kinds(columns: int, bits: Bits, sixteen: str) -> list[str]:
+    """The storages without factors, 16 bits first where they are allowed. sixteen: which 16 bits the model is taken in."""
+    return [*([] if bits == "4" else [sixteen]), *rounded_kinds(columns, bits)]
+
+
+def factor_kinds(bits: Bits, sixteen: str) -> list[str]:
+    """What factors may be stored in."""
+    return {"16": [sixteen], "4": ["nf4"], "auto": [sixteen, "nf4"]}[bits]
+
+
+def fitting(kinds: Iterable[str], columns: int) -> list[str]:
+    """Those of which rows of so many weights are whole blocks."""
+    return [kind for kind in kinds if kind not in GGUF_BLOCKS or columns % GGUF_BLOCKS[kind][0] == 0]

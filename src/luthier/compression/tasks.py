@@ -14,10 +14,12 @@ from luthier.compression.reading import rows_for_task
 from luthier.data import Dataset, Example, Renderer
 from luthier.errors import DataError
 from luthier.evaluation.bootstrap import Interval, resample
+from luthier.evaluation.choice import Choice
 from luthier.evaluation.evaluate import evaluate
 from luthier.evaluation.labels import labels_of_rows
 from luthier.evaluation.result import EvalResult
 from luthier.evaluation.scores import answer_tokens
+from luthier.evaluation.sets import Extras
 from luthier.progress import Progress
 
 TASK_ROWS, TASK_NEW_TOKENS = 64, 48
@@ -27,16 +29,19 @@ MOST_LABELS = 32
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """examples: rows with an answer, whole; metric: "label" where few answers repeat, else "exact"."""
+    """examples: rows with an answer, whole; metric: "choice" where rows have choices, "label" where few answers repeat, else
+    "exact"."""
 
     renderer: Renderer
     examples: list[Example]
     metric: str
+    choices: list[Choice] | None = None
 
     @property
     def note(self) -> str:
         """How it is measured."""
         how = {
+            "choice": "each option is scored as the answer, and the likeliest is the model's",
             "label": "each answer that occurs in them is scored, and the likeliest is the model's",
             "exact": f"answers are written greedily, {TASK_NEW_TOKENS} tokens at most, and must be the expected one",
         }[self.metric]
@@ -54,8 +59,12 @@ def task_of(
     if not asked:
         return None, []
     wanted = {row.where for row in asked}
-    renderer, examples = rows_for_task(path, tokenizer, window=window, wanted=wanted, offline=offline)
-    return (Task(renderer, examples, _metric(examples)) if examples else None), asked
+    renderer, found = rows_for_task(path, tokenizer, window=window, wanted=wanted, offline=offline)
+    if not found:
+        return None, asked
+    examples, choices = [example for example, _ in found], [choice for _, choice in found if choice is not None]
+    metric = "choice" if choices else _metric(examples)
+    return Task(renderer, examples, metric, choices or None), asked
 
 
 def measure_task(
@@ -69,6 +78,7 @@ def measure_task(
         task.renderer,
         metrics=("loss", task.metric),
         max_new_tokens=TASK_NEW_TOKENS,
+        extras=Extras(choices=task.choices),
         progress=progress,
     )
 

@@ -21,8 +21,7 @@ from luthier.adapters.targets import low_rank_layers
 from luthier.kernels import Term
 from luthier.kernels.storage import DENSE_DTYPES
 from luthier.linear import LowRankLinear
-from luthier.matrices import MATRICES, DenseMatrix, FactoredMatrix, stored
-from luthier.matrices.factored import StoredMatrix
+from luthier.matrices import DenseMatrix, FactoredMatrix, StoredMatrix, stored
 
 UPDATE_RANK = 32
 # Updates of low rank learn at so many times the rate of what is trained whole.
@@ -155,7 +154,8 @@ def _closed(part: Part, kind: str, latents: dict[nn.Parameter, Tensor]) -> Store
 
 def vectors(model: PreTrainedModel) -> list[nn.Parameter]:
     """Weights and biases of norms and the biases of linear layers but the head's: what is stored plain in every format."""
-    frozen = [module for module in model.modules() if isinstance(module, MATRICES) or module is model.get_output_embeddings()]
+    head = model.get_output_embeddings()
+    frozen = [module for module in model.modules() if isinstance(module, StoredMatrix) or module is head]
     kept = {parameter for module in frozen for parameter in module.parameters()}
     return [one for one in model.parameters() if one.ndim == 1 and one.dtype == torch.float32 and one not in kept]
 

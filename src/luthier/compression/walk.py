@@ -110,19 +110,30 @@ def walk(
     Memory: beside the model one hidden state for every token, (tokens, hidden) float32, and one group's moments, or, where
     nothing changes, those of one decoder layer. A family without blocks of its own runs from its beginning for each group.
     """
-    supervised = max(1, sum(pack.supervised_tokens for pack in packs))
-    if entry_obstacle(model) is not None:
-        for number, group in enumerate(groups):
-            _report(progress, stage, number, len(groups))
-            visit(_seen_from_the_beginning(model, packs, group, supervised))
+    if entry_obstacle(model) is None:
+        _walk_down(model, packs, groups, visit, changes, partial(_report, progress, stage))
         return
+    for number, group in enumerate(groups):
+        _report(progress, stage, number, len(groups))
+        visit(_seen_from_the_beginning(model, packs, group))
+
+
+def _walk_down(
+    model: PreTrainedModel,
+    packs: Sequence[Pack],
+    groups: Sequence[Group],
+    visit: Visit,
+    changes: bool,
+    report: Callable[[int, int], None],
+) -> None:
+    """Decoder layer by decoder layer, each run on the hidden states that the one before gave."""
     hidden = [packed_inputs(model, pack.ids, pack.starts, 0) for pack in packs]
     depth = len(decoder_layers(model))
     for layer, own in enumerate(_by_layer(model, groups)):
-        _report(progress, stage, layer, depth)
+        report(layer, depth)
         for together in [[group] for group in own] if changes else [own]:
             if together:
-                seen = _seen_in_layer(model, packs, hidden, layer, together, supervised)
+                seen = _seen_in_layer(model, packs, hidden, layer, together)
                 trim_free_memory()  # freed blocks are kept for the next tensors, but not the most that ever were free
                 visit(seen)
                 trim_free_memory()
@@ -145,7 +156,7 @@ def _by_layer(model: PreTrainedModel, groups: Sequence[Group]) -> Iterator[list[
 
 
 def _seen_in_layer(
-    model: PreTrainedModel, packs: Sequence[Pack], hidden: list[Tensor], layer: int, groups: Sequence[Group], supervised: int
+    model: PreTrainedModel, packs: Sequence[Pack], hidden: list[Tensor], layer: int, groups: Sequence[Group]
 ) -> list[Seen]:
     sums, last = _Sums(model, groups), groups[-1].names[0]
     for number, pack in enumerate(packs):
@@ -155,14 +166,14 @@ def _seen_in_layer(
 
         run = partial(packed_layers, model, hidden[number], pack.starts, layer, layer + 1)
         run_looking(model, sums.leaders, see, run, last=last)
-    return sums.seen(supervised)
+    return sums.seen(packs)
 
 
-def _seen_from_the_beginning(model: PreTrainedModel, packs: Sequence[Pack], group: Group, supervised: int) -> list[Seen]:
+def _seen_from_the_beginning(model: PreTrainedModel, packs: Sequence[Pack], group: Group) -> list[Seen]:
     sums, leader = _Sums(model, [group]), group.names[0]
     for number, pack in enumerate(packs):
         look_at_inputs(model, pack, [leader], partial(sums.add, number), last=leader)
-    return sums.seen(supervised)
+    return sums.seen(packs)
 
 
 class _Sums:
@@ -177,5 +188,6 @@ class _Sums:
         for name, weights in self._groups[leader].weights.items():
             self._sums[name].add(x, weights[pack])
 
-    def seen(self, supervised: int) -> list[Seen]:
+    def seen(self, packs: Sequence[Pack]) -> list[Seen]:
+        supervised = max(1, sum(pack.supervised_tokens for pack in packs))
         return [Seen(name, own.moments().second.div_(2.0 * supervised)) for name, own in self._sums.items()]

@@ -86,31 +86,37 @@ class ChatTemplate:
             return f"the chat template refused the conversation; it said: {rendering.error}."
         answers = [turn.content.strip() for turn in row if turn.role == "assistant"]
         spans: list[Span] = []
-        position, answer_start = 0, 0
         for number, (answer, known) in enumerate(zip(answers, rendering.known, strict=True), start=1):
-            if known is None and not rendering.marks:
-                return _NO_START
             end_of_turn = self._end if number == len(answers) else self._end_between
-            content = _find_content(text, answer, max(position, known or 0), None if rendering.marks else end_of_turn)
-            if content is None:
-                return (
-                    "the chat template leaves out or changes an assistant turn, so it cannot be learnt as it stands in the row."
-                )
-            start = self._turn_start(text, position, known, content)
-            if start is None:
-                return _NO_START
-            ending = re.compile(rf"[\s{AFTER}]*{re.escape(end_of_turn)}").match(text, content[1])
-            end = ending.end() if ending and end_of_turn else content[1]
-            spans.append((start, end))
-            answer_start = (
-                content[0] if content[0] >= start and not text[start : content[0]].strip(f"{BEFORE} \n\t\r") else start
-            )
-            position, content_end = end, content[1]
-        completion = self._encoder.spoken(_MARKS.sub("", text[answer_start:content_end]))
+            position = spans[-1][1] if spans else 0
+            found = self._find_turn(text, answer, position, known, end_of_turn, has_marks=bool(rendering.marks))
+            if isinstance(found, str):
+                return found
+            span, content = found
+            spans.append(span)
+        start = spans[-1][0]
+        if content[0] >= start and not text[start : content[0]].strip(f"{BEFORE} \n\t\r"):
+            start = content[0]
+        completion = self._encoder.spoken(_MARKS.sub("", text[start : content[1]]))
         if not self.writes_end:
             text = text[: spans[-1][1]] + self._encoder.end_token
             spans[-1] = (spans[-1][0], len(text))
         return Rendered(*_without_marks(text, spans), completion)
+
+    def _find_turn(
+        self, text: str, answer: str, position: int, known: int | None, end_of_turn: str, *, has_marks: bool
+    ) -> tuple[Span, Span] | str:
+        """(an assistant turn with its end, its content in it) behind `position`; a text that says why it cannot be found."""
+        if known is None and not has_marks:
+            return _NO_START
+        content = _find_content(text, answer, max(position, known or 0), None if has_marks else end_of_turn)
+        if content is None:
+            return "the chat template leaves out or changes an assistant turn, so it cannot be learnt as it stands in the row."
+        start = self._turn_start(text, position, known, content)
+        if start is None:
+            return _NO_START
+        ending = re.compile(rf"[\s{AFTER}]*{re.escape(end_of_turn)}").match(text, content[1])
+        return (start, ending.end() if ending and end_of_turn else content[1]), content
 
     def _turn_start(self, text: str, position: int, known: int | None, content: Span) -> int | None:
         """Where an assistant turn begins. known: the length of the beginning rendered apart, if the text begins with it."""

@@ -68,37 +68,49 @@ def read_json_list(path: Path, problems: Problems) -> Iterator[tuple[str, Any]]:
         return
     while True:
         line, counted = line + text.count("\n", counted, position), position
-        where = f"{path}:{line}"
-        try:
-            value, end = _DECODER.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            cut = _ends_early(error, text)
-            reason = "the file is cut short" if cut else f"not valid JSON: {error.msg}"
-            problems.add(f"{path}:{error.lineno}:{error.colno}", f"{reason}. {_shown(text, error.pos)}")
+        element = _element(path, text, position, line, problems)
+        if element is None:
             return
-        except (_Refused, RecursionError, ValueError) as error:
-            problems.add(where, _plain(error))
+        value, end = element
+        yield f"{path}:{line}", value
+        following = _following(path, text, _skip(text, end), problems)
+        if following is None:
             return
-        yield where, value
-        position = _skip(text, end)
-        mark = text[position : position + 1]
-        if mark == "]":
-            _expect_end(path, text, position + 1, problems)
-            return
-        if mark != ",":
-            line += text.count("\n", counted, position)
-            column = position - text.rfind("\n", 0, position)
-            reason = "expected ',' or ']' after an element" if mark else "the file is cut short"
-            problems.add(f"{path}:{line}:{column}", f"{reason}. {_shown(text, position)}")
-            return
-        position = _skip(text, position + 1)
+        position = following
 
 
-def _expect_end(path: Path, text: str, position: int, problems: Problems) -> None:
-    rest = _skip(text, position)
+def _element(path: Path, text: str, position: int, line: int, problems: Problems) -> tuple[Any, int] | None:
+    """(the value that begins at `position`, where it ends); None where there is none, which is added to `problems`."""
+    try:
+        return _DECODER.raw_decode(text, position)
+    except json.JSONDecodeError as error:
+        reason = "the file is cut short" if _ends_early(error, text) else f"not valid JSON: {error.msg}"
+        problems.add(f"{path}:{error.lineno}:{error.colno}", f"{reason}. {_shown(text, error.pos)}")
+    except (_Refused, RecursionError, ValueError) as error:
+        problems.add(f"{path}:{line}", _plain(error))
+    return None
+
+
+def _following(path: Path, text: str, position: int, problems: Problems) -> int | None:
+    """Where the next element begins, from what stands behind one; None at the list's end, and where anything else stands,
+    which is added to `problems`."""
+    mark = text[position : position + 1]
+    if mark == ",":
+        return _skip(text, position + 1)
+    if mark != "]":
+        reason = "expected ',' or ']' after an element" if mark else "the file is cut short"
+        problems.add(_place(path, text, position), f"{reason}. {_shown(text, position)}")
+        return None
+    rest = _skip(text, position + 1)
     if rest < len(text):
-        line, column = text.count("\n", 0, rest) + 1, rest - text.rfind("\n", 0, rest)
-        problems.add(f"{path}:{line}:{column}", f"a JSON file holds one list; more follows it. {_shown(text, rest)}")
+        problems.add(_place(path, text, rest), f"a JSON file holds one list; more follows it. {_shown(text, rest)}")
+    return None
+
+
+def _place(path: Path, text: str, position: int) -> str:
+    """file:line:column"""
+    line, column = text.count("\n", 0, position) + 1, position - text.rfind("\n", 0, position)
+    return f"{path}:{line}:{column}"
 
 
 def first_character(path: Path) -> str:

@@ -28,6 +28,10 @@ class Choice:
     endings: list[list[int]]
     right: int
 
+    def longest_answer(self, example: Example) -> int:
+        """Tokens of the row's prompt with the longest option behind it."""
+        return len(example.prompt_ids) + max(map(len, self.endings))
+
 
 @dataclass(frozen=True)
 class Chosen:

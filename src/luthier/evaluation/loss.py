@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from luthier.data.packing import Pack
 from luthier.kernels.head import linear_cross_entropy as kernel_cross_entropy
 from luthier.linear import LowRankLinear, enabled_terms
-from luthier.matrices import MATRICES
+from luthier.matrices import StoredMatrix
 from luthier.models.blocks import Entry
 from luthier.models.packed import Head, head_of, packed_hidden, packed_logits
 
@@ -58,7 +58,7 @@ def linear_cross_entropy(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
     """
     linear = head.linear
     if suits_the_kernel(linear, hidden):
-        assert isinstance(linear.matrix, MATRICES)
+        assert isinstance(linear.matrix, StoredMatrix)
         storage, bias = linear.matrix.storage(), linear.bias
         return kernel_cross_entropy(hidden, storage, targets, bias=bias, softcap=head.softcap, scale=head.scale)[0]
     rows = max(MIN_CHUNK_ROWS, LOGITS_AT_ONCE // head.vocabulary)
@@ -72,7 +72,7 @@ def linear_cross_entropy(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
 
 def suits_the_kernel(linear: nn.Module, hidden: Tensor) -> TypeGuard[LowRankLinear]:
     """Whether the head is one frozen matrix and nothing else, and the numbers are those that the kernel takes."""
-    bare = isinstance(linear, LowRankLinear) and not enabled_terms(linear) and isinstance(linear.matrix, MATRICES)
+    bare = isinstance(linear, LowRankLinear) and not enabled_terms(linear) and isinstance(linear.matrix, StoredMatrix)
     frozen = not any(parameter.requires_grad for parameter in linear.parameters())
     return bare and frozen and hidden.dtype == torch.float32 and hidden.device.type == "cpu"
 

@@ -18,7 +18,7 @@ from luthier.evaluation.bootstrap import Array
 from luthier.evaluation.loss import LOGITS_AT_ONCE, MIN_CHUNK_ROWS, predicting_hidden, suits_the_kernel
 from luthier.generation.generator import position_limit
 from luthier.kernels.head import linear_cross_entropy as kernel_cross_entropy
-from luthier.matrices import MATRICES
+from luthier.matrices import StoredMatrix
 from luthier.models.modes import evaluation_mode
 from luthier.models.packed import Head, head_of, packed_logits, shares_prefixes
 from luthier.progress import Progress
@@ -46,7 +46,7 @@ def token_log_likelihoods(model: PreTrainedModel, pack: Pack) -> Tensor:
 def _head_log_likelihoods(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
     linear = head.linear
     if suits_the_kernel(linear, hidden):
-        assert isinstance(linear.matrix, MATRICES)
+        assert isinstance(linear.matrix, StoredMatrix)
         storage, bias = linear.matrix.storage(), linear.bias
         return -kernel_cross_entropy(hidden, storage, targets, bias=bias, softcap=head.softcap, scale=head.scale)[1]
     rows = max(MIN_CHUNK_ROWS, LOGITS_AT_ONCE // head.vocabulary)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from luthier.data import Dataset, Renderer, RowCache, load_examples
+from luthier.data import Dataset, Example, Renderer, RowCache, load_examples
 from luthier.data.forms import RowError
 from luthier.data.load import Lengths, OnLong, length_problems
 from luthier.data.problems import Problems
-from luthier.data.read import open_source, read_rows
+from luthier.data.read import Source, open_source, read_rows
 from luthier.errors import ConfigError, DataError
 from luthier.evaluation.choice import Choice, is_choice_row, render_choice
 from luthier.evaluation.guard import Guard, parse_bound
@@ -85,9 +85,7 @@ def load_set(
     Raises DataError listing all that is wrong with the file.
     """
     source = open_source(file.path, offline=offline)
-    ignored = Problems()
-    first = next((value for _, value in read_rows(source, ignored)), None)
-    if is_choice_row(first):
+    if has_choices(source):
         return _load_choices(file, renderer, on_long, offline)
     dataset = load_examples(file.path, renderer, on_long=on_long, offline=offline, cache=cache)
     references = _references(file.path, dataset, offline)
@@ -117,23 +115,12 @@ def _load_choices(file: NamedFile, renderer: Renderer, on_long: OnLong, offline:
     source = open_source(file.path, offline=offline)
     problems, lengths = Problems(), Lengths()
     examples, choices = [], []
-    for where, value in read_rows(source, problems):
-        lengths.rows += 1
-        try:
-            if not is_choice_row(value):
-                raise RowError("all rows of a file must have one form; this has no choices, the first row has.")
-            example, choice = render_choice(value, where, renderer)
-        except RowError as error:
-            problems.add(where, str(error))
-            continue
-        except DataError as error:
-            problems.add("", str(error))
-            continue
-        length = len(example.prompt_ids) + max(map(len, choice.endings))
+    for example, choice in choice_rows(source, renderer, problems, lengths):
+        length = choice.longest_answer(example)
         lengths.longest = max(lengths.longest, length)
         if length > renderer.max_length:
             lengths.long += 1
-            lengths.first_long = lengths.first_long or where
+            lengths.first_long = lengths.first_long or example.where
             continue
         examples.append(example)
         choices.append(choice)
@@ -146,6 +133,27 @@ def _load_choices(file: NamedFile, renderer: Renderer, on_long: OnLong, offline:
     manifest: dict[str, Any] = {"path": file.path, "sha256": source.sha256(), "form": "choices", "rows": lengths.rows}
     manifest |= {"kept": len(examples), "dropped": lengths.long, "longest": lengths.longest, "notes": problems.notes()}
     return EvalSet(file.name, Dataset(examples, manifest), Extras(choices=choices), file.guard)
+
+
+def choice_rows(source: Source, renderer: Renderer, problems: Problems, lengths: Lengths) -> Iterator[tuple[Example, Choice]]:
+    """The rows with choices, as `render_choice` gives them, one by one; what is wrong with others goes to `problems`."""
+    for where, value in read_rows(source, problems):
+        lengths.rows += 1
+        try:
+            if not is_choice_row(value):
+                raise RowError("all rows of a file must have one form; this has no choices, the first row has.")
+            rendered = render_choice(value, where, renderer)
+        except RowError as error:
+            problems.add(where, str(error))
+        except DataError as error:
+            problems.add("", str(error))
+        else:
+            yield rendered
+
+
+def has_choices(source: Source) -> bool:
+    """Whether the first row of a file has choices, and so all are to."""
+    return is_choice_row(next((value for _, value in read_rows(source, Problems())), None))
 
 
 def _references(path: str, dataset: Dataset, offline: bool) -> list[list[str]] | None:

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from luthier.errors import NumericError
 from luthier.kernels.quantize import quantize_gguf
-from luthier.kernels.storage import GGUF_BLOCKS
+from luthier.kernels.storage import DENSE_DTYPES, GGUF_BLOCKS
 from luthier.matrices import DenseMatrix, GGUFMatrix, Matrix, NF4Matrix
-from luthier.matrices.dense import STORAGE_DTYPES
 
-DENSE = tuple(STORAGE_DTYPES)
+DENSE = tuple(DENSE_DTYPES)
 MERGED_KINDS = (*DENSE, "nf4")
 # Of a GGUF file made from a GGUF base: what no term changes keeps its blocks.
 AS_IS = "asis"
@@ -75,8 +74,8 @@ def dense(weight: Tensor, kind: str, name: str) -> Tensor:
 def size_bytes(shape: tuple[int, ...], kind: str) -> int:
     """What a tensor of that shape takes stored as `kind`; NF4 with double quantisation."""
     numbers = math.prod(shape)
-    if kind in STORAGE_DTYPES:
-        return numbers * STORAGE_DTYPES[kind].itemsize
+    if kind in DENSE_DTYPES:
+        return numbers * DENSE_DTYPES[kind].itemsize
     if kind == "nf4":
         return -(-numbers // 2) + -(-numbers // 64) + 4 * -(-numbers // (64 * 256)) + 4 * (16 + 256)
     weights, block_bytes = GGUF_BLOCKS[kind]
@@ -97,7 +96,7 @@ def matrix_bytes(matrix: Matrix) -> np.ndarray:
 
 
 def _dense(weight: Tensor, kind: str) -> Tensor:
-    result = weight.to(STORAGE_DTYPES[kind])
+    result = weight.to(DENSE_DTYPES[kind])
     if not bool(result.isfinite().all()):
         if not bool(weight.isfinite().all()):
             raise NumericError("merged weights must be finite; NaN or Inf was found. Use an earlier checkpoint.")

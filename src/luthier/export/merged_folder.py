@@ -15,7 +15,7 @@ from luthier.errors import ConfigError, ModelError, one_line
 from luthier.export import forms
 from luthier.export.merge import Merge, Part
 from luthier.linear import LowRankLinear
-from luthier.matrices import MATRICES, DenseMatrix, NF4Matrix
+from luthier.matrices import DenseMatrix, NF4Matrix, StoredMatrix
 from luthier.models.checkpoint import INDEX_FILE, SINGLE_FILE
 from luthier.models.quantize import bitsandbytes_settings
 from luthier.models.safetensors_writer import write_safetensors
@@ -31,7 +31,7 @@ BESIDE_NF4 = "bf16"
 def default_kind(merge: Merge) -> str:
     """The kind that the base's matrices have where all are dense of one dtype, otherwise bf16."""
     kinds = {matrix.kind for name in merge.layers if isinstance(matrix := merge.matrix(name), DenseMatrix)}
-    dense_only = all(isinstance(module, DenseMatrix) for module in merge.model.modules() if isinstance(module, MATRICES))
+    dense_only = all(isinstance(module, DenseMatrix) for module in merge.model.modules() if isinstance(module, StoredMatrix))
     return kinds.pop() if dense_only and len(kinds) == 1 else "bf16"
 
 

@@ -14,9 +14,8 @@ from luthier.kernels import native
 from luthier.kernels import quantize_reference as reference
 from luthier.kernels.frozen_linear import dequantize
 from luthier.kernels.registry import define_op
-from luthier.kernels.storage import Storage
+from luthier.kernels.storage import NF4_BLOCK, NF4_NESTED_BLOCK, Storage
 
-NESTED_BLOCK = 256
 FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Bytes of a block that hold float16: its scale, and the minimum behind it where there is one.
 GGUF_HALF_BYTES = {"Q4_1": 4, "Q4_K": 4}
@@ -83,7 +82,7 @@ def scales_of(stored: Nf4) -> Tensor:
         return stored.absmax
     assert stored.nested_offset is not None
     values = reference.dynamic_map().to(stored.absmax.device)[stored.absmax.to(torch.int64)]
-    nested = stored.nested_absmax.repeat_interleave(NESTED_BLOCK)[: values.numel()]
+    nested = stored.nested_absmax.repeat_interleave(NF4_NESTED_BLOCK)[: values.numel()]
     return values * nested + stored.nested_offset
 
 
@@ -94,7 +93,7 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rounded through a table of 65536 steps of [-1, 1], as bitsandbytes does; a block of zeros gets code 0.
     """
     offset = _mean_on_one_thread(absmax)
-    blocks = torch.nn.functional.pad(absmax - offset, (0, -absmax.numel() % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+    blocks = torch.nn.functional.pad(absmax - offset, (0, -absmax.numel() % NF4_NESTED_BLOCK)).view(-1, NF4_NESTED_BLOCK)
     nested_absmax = blocks.abs().amax(1)
     # The reciprocal of a denormal is Inf, and 0 Inf is NaN; bitsandbytes reads that as -1.
     scaled = (blocks * (1.0 / nested_absmax).unsqueeze(1)).nan_to_num(nan=-1.0).clamp(-1, 1)
@@ -185,7 +184,7 @@ def _nf4_quantize_native(weight: Tensor) -> tuple[Tensor, Tensor]:
 def _nf4_quantize_fake(weight: Tensor) -> tuple[Tensor, Tensor]:
     count = weight.numel()
     codes = weight.new_empty(((count + 1) // 2, 1), dtype=torch.uint8)
-    return codes, weight.new_empty((-(-count // reference.NF4_BLOCK),), dtype=torch.float32)
+    return codes, weight.new_empty((-(-count // NF4_BLOCK),), dtype=torch.float32)
 
 
 def _gguf_quantize_native(weight: Tensor, kind: str) -> Tensor:

@@ -11,13 +11,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from luthier.kernels.storage import NF4_BLOCK
+
 NF4_CODES = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-NF4_BLOCK = 64
 K_BLOCK = 256
 
 
@@ -94,7 +95,7 @@ def _half_bytes(values: Tensor) -> Tensor:
     return values.to(torch.float16).view(torch.uint8)
 
 
-def _nibbles(q: Tensor) -> Tensor:
+def packed_nibbles(q: Tensor) -> Tensor:
     """(n, 32) values 0..15 -> (n, 16) bytes; byte j holds value j low and value j + 16 high."""
     return q[:, :16] | (q[:, 16:] << 4)
 
@@ -104,7 +105,7 @@ def _quantize_q4_0(blocks: Tensor) -> Tensor:
     largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
     scale = largest / -8
     q = (blocks * _reciprocal(scale) + 8.5).clamp(0, 15).to(torch.uint8)
-    return torch.cat([_half_bytes(scale), _nibbles(q)], 1)
+    return torch.cat([_half_bytes(scale), packed_nibbles(q)], 1)
 
 
 def _quantize_q4_1(blocks: Tensor) -> Tensor:
@@ -113,7 +114,7 @@ def _quantize_q4_1(blocks: Tensor) -> Tensor:
     low = torch.where(low == 0, 0.0, low)  # -0 becomes 0
     scale = ((blocks.amax(1, keepdim=True) - low) / 15).abs()
     q = ((blocks - low) * _reciprocal(scale) + 0.5).clamp(0, 15).to(torch.uint8)
-    return torch.cat([_half_bytes(scale), _half_bytes(low), _nibbles(q)], 1)
+    return torch.cat([_half_bytes(scale), _half_bytes(low), packed_nibbles(q)], 1)
 
 
 def _quantize_q8_0(blocks: Tensor) -> Tensor:

@@ -50,11 +50,6 @@ class Decomposition:
         self._check(rank)
         return float(self.energies[rank:].sum())
 
-    def relative_error(self, rank: int) -> float:
-        """sqrt(dropped / all of sigma^2), 0 to 1."""
-        total = float(self.energies.sum())
-        return 0.0 if total == 0 else (self.dropped(rank) / total) ** 0.5
-
     def _check(self, rank: int) -> None:
         if not 1 <= rank <= self.max_rank:
             raise ShapeError(f"rank must be between 1 and min(in, out) = {self.max_rank}; got {rank}.")

@@ -66,12 +66,6 @@ def _codes(scaled: Tensor, levels: Tensor) -> Tensor:
     return torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)
 
 
-def metric_error(weight: Tensor, rounded: Tensor, moments: Tensor) -> float:
-    """tr((W - Q) H (W - Q)^T), computed in float64."""
-    E = weight.to(torch.float64) - rounded.to(torch.float64)
-    return float(((E @ moments.to(torch.float64)) * E).sum())
-
-
 def damped(moments: Tensor, damping: float = DAMPING) -> Tensor:
     """H + damping mean(diag H) I in float64, its inputs that are always zero given the damping alone.
 

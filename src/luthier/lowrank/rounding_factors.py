@@ -10,8 +10,7 @@ from torch import Tensor
 from luthier.errors import ShapeError
 from luthier.lowrank.factors import Factors, Pivoted, rebalanced, refit_left
 from luthier.lowrank.rounding_nf4 import round_nf4
-from luthier.matrices import FactoredMatrix
-from luthier.matrices.factored import StoredMatrix
+from luthier.matrices import FactoredMatrix, StoredMatrix
 
 # (weight, moments) -> the weight as it will be stored.
 Rounder = Callable[[Tensor, Tensor], StoredMatrix]

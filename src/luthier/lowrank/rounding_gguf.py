@@ -7,6 +7,7 @@ from torch import Tensor
 
 from luthier.errors import ConfigError, NumericError, nearest
 from luthier.kernels.quantize import quantize_gguf
+from luthier.kernels.quantize_reference import packed_nibbles
 from luthier.kernels.storage import GGUF_BLOCKS
 from luthier.lowrank.rounding import DAMPING, Grid, damped, round_in_metric, round_with_steps, search_steps
 from luthier.matrices import GGUFMatrix
@@ -43,7 +44,7 @@ def _round_q4_0(W: Tensor, H: Tensor, passes: int, rounds: int) -> Tensor:
     diagonal = H.diagonal().to(torch.float32).expand(len(W), -1).reshape(-1, width)
     first = search_steps(grouped, diagonal, SIGNED, largest).view(len(W), -1)
     d, codes = round_with_steps(W, H, SIGNED, first, _half, passes=passes, rounds=rounds)
-    return torch.cat([d.reshape(-1, 1).view(torch.uint8), _packed_halves(codes.reshape(-1, width))], 1).view(len(W), -1)
+    return torch.cat([d.reshape(-1, 1).view(torch.uint8), packed_nibbles(codes.reshape(-1, width))], 1).view(len(W), -1)
 
 
 def _half(steps: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,11 +53,6 @@ def _half(steps: Tensor) -> tuple[Tensor, Tensor]:
     if not bool(rounded.isfinite().all()):
         raise NumericError(f"GGUF scales are float16, at most 65504; got {steps.abs().max().item():.4g}. Try NF4.")
     return rounded, rounded.to(torch.float32)
-
-
-def _packed_halves(q: Tensor) -> Tensor:
-    """(n, 32) codes -> (n, 16): byte j holds code j low and code j + 16 high."""
-    return q[:, :16] | (q[:, 16:] << 4)
 
 
 def _round_q4_k(W: Tensor, H: Tensor, blocks: Tensor, passes: int) -> Tensor:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from luthier.errors import NumericError
 from luthier.kernels.quantize import Nf4, quantize_absmax, scales_of
-from luthier.kernels.quantize_reference import NF4_BLOCK, nf4_codes
+from luthier.kernels.quantize_reference import nf4_codes
+from luthier.kernels.storage import NF4_BLOCK
 from luthier.lowrank.rounding import DAMPING, damped, round_with_steps, search_steps
 from luthier.matrices import NF4Matrix
 

@@ -2,12 +2,12 @@
 
 from luthier.matrices.dense import DenseMatrix
 from luthier.matrices.factored import FactoredMatrix
+from luthier.matrices.frozen import StoredMatrix
 from luthier.matrices.gguf import GGUFMatrix
 from luthier.matrices.nf4 import NF4Matrix
 from luthier.matrices.stored import stored
 
-Matrix = DenseMatrix | NF4Matrix | GGUFMatrix | FactoredMatrix
-# Those that hold numbers themselves. A factored one is made of them, and they are found inside it.
-MATRICES = (DenseMatrix, NF4Matrix, GGUFMatrix)
+# A factored matrix is made of stored ones, which are found inside it.
+Matrix = StoredMatrix | FactoredMatrix
 
-__all__ = ["MATRICES", "DenseMatrix", "FactoredMatrix", "GGUFMatrix", "Matrix", "NF4Matrix", "stored"]
+__all__ = ["DenseMatrix", "FactoredMatrix", "GGUFMatrix", "Matrix", "NF4Matrix", "StoredMatrix", "stored"]

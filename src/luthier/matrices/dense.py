@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from luthier import kernels
 from luthier.errors import ShapeError
-from luthier.matrices import products
+from luthier.kernels.storage import DENSE_DTYPES
+from luthier.matrices.frozen import StoredMatrix
 
-STORAGE_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 # Numbers that are checked at the same time: what stands beside them is a few bytes each.
 CHECKED_AT_ONCE = 2**18
 
 
-class DenseMatrix(nn.Module):
+class DenseMatrix(StoredMatrix):
     """W: (out_features, in_features), float32, bfloat16 or float16.
 
     `transposed=True` says that the tensor is laid out (in_features, out_features), as GPT-2's Conv1D stores it;
@@ -23,15 +23,16 @@ class DenseMatrix(nn.Module):
     Raises ShapeError for a tensor that is not a matrix or is of another dtype.
     """
 
+    weight: nn.Parameter
+
     def __init__(self, weight: Tensor, transposed: bool = False):
         super().__init__()
-        if weight.ndim != 2 or weight.dtype not in STORAGE_DTYPES.values():
+        if weight.ndim != 2 or weight.dtype not in DENSE_DTYPES.values():
             raise ShapeError(
                 f"a dense matrix has two dimensions in f32, bf16 or f16; got {tuple(weight.shape)} {weight.dtype}."
             )
         self.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
         self.transposed = transposed
-        self.kept_norms: dict[int, tuple[tuple[int, int], Tensor]] = {}
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -42,11 +43,7 @@ class DenseMatrix(nn.Module):
     @property
     def kind(self) -> str:
         """f32, bf16 or f16."""
-        return next(name for name, dtype in STORAGE_DTYPES.items() if dtype == self.weight.dtype)
-
-    @property
-    def size_bytes(self) -> int:
-        return self.weight.numel() * self.weight.element_size()
+        return next(name for name, dtype in DENSE_DTYPES.items() if dtype == self.weight.dtype)
 
     def storage(self) -> kernels.Storage:
         """The stored tensor as the kernels take it; no copy."""
@@ -60,10 +57,6 @@ class DenseMatrix(nn.Module):
         """W as a tensor (out_features, in_features) in `dtype`; the stored tensor itself where that is already so."""
         return self.oriented().to(dtype)
 
-    def matmul(self, x: Tensor, bias: Tensor | None = None, term: kernels.Term | None = None) -> Tensor:
-        """x W^T + bias + term in x's dtype. x: (..., in_features) -> (..., out_features)."""
-        return products.product(self, x, bias, term)
-
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of W as float32. ids: (...) int64 -> (..., in_features)."""
         return F.embedding(ids, self.oriented()).to(torch.float32)
@@ -76,19 +69,8 @@ class DenseMatrix(nn.Module):
         """The same matrix in float32, laid out the same way, its memory its own."""
         return DenseMatrix(self.weight.detach().to(torch.float32, copy=True).contiguous(), self.transposed)
 
-    def row_norms_squared(self) -> Tensor:
-        """|w_o|^2 of each row, (out_features,), float64; computed once for as long as the weight stays as it is."""
-        return products.norms_squared(self, 1)
-
-    def column_norms_squared(self) -> Tensor:
-        """|w_i|^2 of each column, (in_features,), float64; computed once for as long as the weight stays as it is."""
-        return products.norms_squared(self, 0)
-
     @torch.no_grad()
     def not_finite(self) -> int:
         """How many weights are NaN or Inf."""
         few = max(1, CHECKED_AT_ONCE // max(1, self.weight.shape[1]))
         return sum(int((~torch.isfinite(rows)).sum()) for rows in self.weight.split(few))
-
-    def extra_repr(self) -> str:
-        return f"{self.shape[0]}x{self.shape[1]}, {str(self.weight.dtype).removeprefix('torch.')}"

@@ -14,17 +14,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from luthier import kernels
 from luthier.errors import ShapeError
 from luthier.kernels.storage import KINDS
-from luthier.matrices import products
-from luthier.matrices.dense import DenseMatrix
-from luthier.matrices.gguf import GGUFMatrix
-from luthier.matrices.nf4 import NF4Matrix
-
-StoredMatrix = DenseMatrix | NF4Matrix | GGUFMatrix
+from luthier.matrices.frozen import FrozenMatrix, StoredMatrix
 
 _KIND = re.compile(r"(?:([a-z0-9_]{2,5})\+)?([rp])([1-9][0-9]{0,6})/([a-z0-9_]{2,5}),([a-z0-9_]{2,5})")
 
@@ -64,7 +59,7 @@ def is_factored(kind: str | None) -> bool:
     return kind is not None and FactoredKind.parse(kind) is not None
 
 
-class FactoredMatrix(nn.Module):
+class FactoredMatrix(FrozenMatrix):
     """W = base + left right, (out_features, in_features); every part frozen, in any storage.
 
     left: (out_features, rank); right: (rank, in_features); base: (out_features, in_features) or None.
@@ -73,7 +68,6 @@ class FactoredMatrix(nn.Module):
     Raises ShapeError if the parts do not fit each other.
     """
 
-    transposed = False
     places: Tensor | None
 
     def __init__(
@@ -85,7 +79,6 @@ class FactoredMatrix(nn.Module):
             raise ShapeError(problem)
         self.left, self.right, self.base = left, right, base
         self.register_buffer("places", places)
-        self.kept_norms: dict[int, tuple[tuple[int, int], Tensor]] = {}
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -111,8 +104,7 @@ class FactoredMatrix(nn.Module):
     @property
     def size_bytes(self) -> int:
         """Of all parts, a shared right factor included."""
-        parts = [self.left, self.right, *([] if self.base is None else [self.base])]
-        return sum(part.size_bytes for part in parts) + (0 if self.places is None else self.places.nbytes)
+        return sum(part.size_bytes for part in self._parts()) + (0 if self.places is None else self.places.nbytes)
 
     def inner(self, x: Tensor) -> Tensor:
         """x R^T in x's dtype. x: (..., in_features) -> (..., rank)."""
@@ -155,29 +147,12 @@ class FactoredMatrix(nn.Module):
         result = result if self.base is None else result + self.base.rows(flat)
         return result.reshape(*ids.shape, self.shape[1])
 
-    def row_range(self, start: int, stop: int) -> Tensor:
-        """Rows start to stop as float32, (stop - start, in_features)."""
-        return self.rows(torch.arange(start, stop, device=self.weight.device))
-
-    def float32_copy(self) -> DenseMatrix:
-        """The same numbers as one dense matrix in float32, which can train."""
-        return DenseMatrix(self.dequantize())
-
-    def row_norms_squared(self) -> Tensor:
-        """|w_o|^2 of each row, (out_features,), float64; computed once for as long as the weight stays as it is."""
-        return products.norms_squared(self, 1)
-
-    def column_norms_squared(self) -> Tensor:
-        """|w_i|^2 of each column, (in_features,), float64; computed once for as long as the weight stays as it is."""
-        return products.norms_squared(self, 0)
-
     def not_finite(self) -> int:
         """How many stored numbers are NaN or Inf."""
-        parts = [self.left, self.right, *([] if self.base is None else [self.base])]
-        return sum(part.not_finite() for part in parts)
+        return sum(part.not_finite() for part in self._parts())
 
-    def extra_repr(self) -> str:
-        return f"{self.shape[0]}x{self.shape[1]}, {self.kind}"
+    def _parts(self) -> list[StoredMatrix]:
+        return [self.left, self.right, *([] if self.base is None else [self.base])]
 
 
 def _problem(left: StoredMatrix, right: StoredMatrix, base: StoredMatrix | None, places: Tensor | None) -> str | None:

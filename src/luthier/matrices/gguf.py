@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from luthier import kernels
 from luthier.errors import ShapeError, nearest
 from luthier.kernels.storage import GGUF_BLOCKS
-from luthier.matrices import products
-from luthier.matrices.dense import DenseMatrix
+from luthier.matrices.frozen import StoredMatrix
 
 # Where in a block its float16 scale, and its float16 minimum if it has one, stand.
 SCALE_OFFSETS = {
@@ -24,7 +23,7 @@ SCALE_OFFSETS = {
 }
 
 
-class GGUFMatrix(nn.Module):
+class GGUFMatrix(StoredMatrix):
     """W: (out_features, in_features) in blocks of one GGUF type, each row a whole number of them.
 
     blocks: uint8 (out_features, bytes a row), taken as it is, mapped memory included; kind: q4_0, q4_1, q5_0, q5_1, q8_0,
@@ -32,7 +31,8 @@ class GGUFMatrix(nn.Module):
     Raises ShapeError for another kind, or rows that are not whole blocks.
     """
 
-    transposed = False
+    kind: str
+    weight: nn.Parameter
 
     def __init__(self, blocks: Tensor, kind: str):
         super().__init__()
@@ -43,7 +43,6 @@ class GGUFMatrix(nn.Module):
             raise ShapeError(f"{kind} rows are whole blocks of {size} bytes, uint8; got {tuple(blocks.shape)} {blocks.dtype}.")
         self.kind = kind
         self.weight = nn.Parameter(blocks.contiguous(), requires_grad=False)
-        self.kept_norms: dict[int, tuple[tuple[int, int], Tensor]] = {}
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -51,21 +50,9 @@ class GGUFMatrix(nn.Module):
         weights, size = GGUF_BLOCKS[self.kind]
         return self.weight.shape[0], self.weight.shape[1] // size * weights
 
-    @property
-    def size_bytes(self) -> int:
-        return self.weight.numel()
-
     def storage(self) -> kernels.Storage:
         """The blocks as the kernels take them; no copy."""
         return kernels.Storage(self.kind, self.shape, self.weight.detach())
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """W as a tensor (out_features, in_features) in `dtype`: a full copy, for merging and tests."""
-        return kernels.dequantize(self.storage()) if dtype == torch.float32 else products.widened(self, dtype)
-
-    def matmul(self, x: Tensor, bias: Tensor | None = None, term: kernels.Term | None = None) -> Tensor:
-        """x W^T + bias + term in x's dtype. x: (..., in_features) -> (..., out_features)."""
-        return products.product(self, x, bias, term)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of W as float32. ids: (...) int64 -> (..., in_features). Only the blocks of these rows are read."""
@@ -80,18 +67,6 @@ class GGUFMatrix(nn.Module):
             return torch.empty(0, self.shape[1], device=blocks.device)
         return kernels.dequantize(kernels.Storage(self.kind, (len(blocks), self.shape[1]), blocks.detach()))
 
-    def float32_copy(self) -> DenseMatrix:
-        """The same numbers in float32, a matrix that can train."""
-        return DenseMatrix(self.dequantize())
-
-    def row_norms_squared(self) -> Tensor:
-        """|w_o|^2 of each row, (out_features,), float64; computed once for as long as the weight stays as it is."""
-        return products.norms_squared(self, 1)
-
-    def column_norms_squared(self) -> Tensor:
-        """|w_i|^2 of each column, (in_features,), float64; computed once for as long as the weight stays as it is."""
-        return products.norms_squared(self, 0)
-
     def not_finite(self) -> int:
         """How many weights are NaN or Inf: those of blocks whose scale or minimum is; all else are integers."""
         weights, size = GGUF_BLOCKS[self.kind]
@@ -100,6 +75,3 @@ class GGUFMatrix(nn.Module):
         for at in SCALE_OFFSETS[self.kind]:
             bad |= ~blocks[:, at : at + 2].contiguous().view(torch.float16).isfinite().squeeze(1)
         return int(bad.sum()) * weights
-
-    def extra_repr(self) -> str:
-        return f"{self.shape[0]}x{self.shape[1]}, {self.kind}"

@@ -14,19 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from luthier import kernels
-from luthier.errors import ShapeError
-from luthier.kernels.quantize import NESTED_BLOCK, quantize_nf4
-from luthier.kernels.quantize_reference import NF4_BLOCK, dynamic_map, nf4_codes
-from luthier.matrices import cuda, products
-from luthier.matrices.dense import DenseMatrix
+from luthier.errors import NumericError, ShapeError
+from luthier.kernels.quantize import Nf4, quantize_absmax, quantize_nf4
+from luthier.kernels.quantize_reference import dynamic_map, nf4_codes
+from luthier.kernels.storage import NF4_BLOCK, NF4_NESTED_BLOCK
+from luthier.matrices import cuda
+from luthier.matrices.frozen import FrozenMatrix, StoredMatrix
 
 STATE_KEY = "weight.quant_state.bitsandbytes__nf4"
 NESTED_KEYS = ("weight.nested_absmax", "weight.nested_quant_map")
 MAX_STATE_BYTES = 4096
+# Numbers that are converted at a time: fewer bytes than most results have, which then never fill the gaps that these leave.
+CONVERTED_ELEMENTS = 1 << 18
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class NF4Matrix(nn.Module):
+class NF4Matrix(StoredMatrix):
     """W: (out_features, in_features), flat and row-major, 64 weights a scale.
 
         w[j] = quant_map[nibble j] * absmax[j // 64];    absmax[i] = nested_quant_map[q[i]] * nested_absmax[i // 256] + offset
@@ -37,8 +40,9 @@ class NF4Matrix(nn.Module):
     4.127 bits a weight with double quantisation, 4.5 without. Raises ShapeError if the parts do not fit each other.
     """
 
-    transposed = False
     kind = "nf4"
+    shape: tuple[int, int]
+    weight: nn.Parameter
     absmax: Tensor
     quant_map: Tensor
     nested_absmax: Tensor | None
@@ -65,7 +69,6 @@ class NF4Matrix(nn.Module):
             nested_quant_map = dynamic_map().to(codes.device)
         self.register_buffer("nested_absmax", nested_absmax)
         self.register_buffer("nested_quant_map", nested_quant_map)
-        self.kept_norms: dict[int, tuple[tuple[int, int], Tensor]] = {}
         self.storage()  # checks that the parts fit
 
     @classmethod
@@ -78,16 +81,30 @@ class NF4Matrix(nn.Module):
         if weight.ndim != 2:
             raise ShapeError(f"a matrix has two dimensions; got {tuple(weight.shape)}.")
         rows, columns = weight.shape
-        stored = quantize_nf4(weight.contiguous(), double=double)
+        return cls._of(quantize_nf4(weight.contiguous(), double=double), (rows, columns), weight.dtype)
+
+    @classmethod
+    def converted(cls, matrix: FrozenMatrix, *, double: bool = True) -> NF4Matrix:
+        """A matrix that is stored otherwise: the bytes of `quantize(matrix.dequantize())`, a few rows in float32 at a time.
+
+        Raises NumericError naming the first NaN or Inf.
+        """
+        numbers, columns, device = matrix.shape[0] * matrix.shape[1], matrix.shape[1], matrix.weight.device
+        codes = torch.empty(-(-numbers // 2), 1, dtype=torch.uint8, device=device)
+        absmax = torch.empty(-(-numbers // NF4_BLOCK), device=device)
+        try:
+            for start, rows in matrix.row_blocks(CONVERTED_ELEMENTS, NF4_BLOCK):
+                piece, first = quantize_nf4(rows, double=False), start * columns
+                codes[first // 2 :][: len(piece.codes)] = piece.codes
+                absmax[first // NF4_BLOCK :][: len(piece.absmax)] = piece.absmax
+        except NumericError:
+            return cls.quantize(matrix.dequantize(), double=double)  # which names its place in the whole
+        return cls._of(Nf4(codes, *quantize_absmax(absmax)) if double else Nf4(codes, absmax), matrix.shape, torch.float32)
+
+    @classmethod
+    def _of(cls, stored: Nf4, shape: tuple[int, int], dtype: torch.dtype) -> NF4Matrix:
         offset = 0.0 if stored.nested_offset is None else float(stored.nested_offset)
-        return cls(
-            stored.codes,
-            stored.absmax,
-            (rows, columns),
-            nested_absmax=stored.nested_absmax,
-            nested_offset=offset,
-            dtype=weight.dtype,
-        )
+        return cls(stored.codes, stored.absmax, shape, nested_absmax=stored.nested_absmax, nested_offset=offset, dtype=dtype)
 
     @classmethod
     def from_tensors(cls, parts: Mapping[str, Tensor]) -> NF4Matrix:
@@ -123,17 +140,13 @@ class NF4Matrix(nn.Module):
         name = str(self.dtype).removeprefix("torch.")
         state: dict[str, Any] = {"quant_type": "nf4", "blocksize": NF4_BLOCK, "dtype": name, "shape": list(self.shape)}
         if self.double_quant:
-            state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": self.nested_offset}
+            state |= {"nested_blocksize": NF4_NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": self.nested_offset}
         return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
 
     @property
     def double_quant(self) -> bool:
         """Whether the scales are stored in 8 bits."""
         return self.nested_absmax is not None
-
-    @property
-    def size_bytes(self) -> int:
-        return self.storage().size_bytes
 
     def storage(self) -> kernels.Storage:
         """The parts as the kernels take them; no copy."""
@@ -152,31 +165,11 @@ class NF4Matrix(nn.Module):
         """W as a tensor (out_features, in_features) in `dtype`: a full copy, for merging and tests."""
         if self.weight.is_cuda and cuda.has_bitsandbytes():
             return cuda.dequantize_nf4(self, dtype)
-        return kernels.dequantize(self.storage()) if dtype == torch.float32 else products.widened(self, dtype)
-
-    def matmul(self, x: Tensor, bias: Tensor | None = None, term: kernels.Term | None = None) -> Tensor:
-        """x W^T + bias + term in x's dtype. x: (..., in_features) -> (..., out_features)."""
-        return products.product(self, x, bias, term)
+        return super().dequantize(dtype)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of W as float32. ids: (...) int64 -> (..., in_features)."""
         return kernels.rows(self.storage(), ids)
-
-    def row_range(self, start: int, stop: int) -> Tensor:
-        """Rows start to stop as float32, (stop - start, in_features)."""
-        return self.rows(torch.arange(start, stop, device=self.weight.device))
-
-    def float32_copy(self) -> DenseMatrix:
-        """The same numbers in float32, a matrix that can train."""
-        return DenseMatrix(self.dequantize())
-
-    def row_norms_squared(self) -> Tensor:
-        """|w_o|^2 of each row, (out_features,), float64; computed once for as long as the weight stays as it is."""
-        return products.norms_squared(self, 1)
-
-    def column_norms_squared(self) -> Tensor:
-        """|w_i|^2 of each column, (in_features,), float64; computed once for as long as the weight stays as it is."""
-        return products.norms_squared(self, 0)
 
     def not_finite(self) -> int:
         """How many weights are NaN or Inf: those whose scale is, or all where the maps or the offset are."""
@@ -187,7 +180,7 @@ class NF4Matrix(nn.Module):
             return min(weights, int((~self.absmax.isfinite()).sum()) * NF4_BLOCK)
         if not self.nested_quant_map.isfinite().all():
             return weights
-        return min(weights, int((~self.nested_absmax.isfinite()).sum()) * NESTED_BLOCK * NF4_BLOCK)
+        return min(weights, int((~self.nested_absmax.isfinite()).sum()) * NF4_NESTED_BLOCK * NF4_BLOCK)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Matrix:
         """Follow the module between devices; a change of dtype is for weights that are numbers, never for codes and scales."""
@@ -219,7 +212,7 @@ class NF4Matrix(nn.Module):
         self.nested_offset, self.dtype = other.nested_offset, other.dtype
 
     def extra_repr(self) -> str:
-        return f"{self.shape[0]}x{self.shape[1]}, nf4{', double' if self.double_quant else ''}"
+        return f"{super().extra_repr()}{', double' if self.double_quant else ''}"
 
 
 def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
@@ -241,9 +234,9 @@ def read_state(parts: Mapping[str, Tensor]) -> dict[str, Any]:
         nested_block, offset = state.get("nested_blocksize"), state.get("nested_offset")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ShapeError(f"{STATE_KEY} must be JSON with the matrix's shape; {type(error).__name__}: {error}.") from error
-    if kind != "nf4" or block != NF4_BLOCK or nested_block not in (None, NESTED_BLOCK):
+    if kind != "nf4" or block != NF4_BLOCK or nested_block not in (None, NF4_NESTED_BLOCK):
         raise ShapeError(
-            f"4-bit weights must be nf4 in blocks of {NF4_BLOCK}, scales in blocks of {NESTED_BLOCK}; "
+            f"4-bit weights must be nf4 in blocks of {NF4_BLOCK}, scales in blocks of {NF4_NESTED_BLOCK}; "
             f"got {kind!r}, {block!r} and {nested_block!r}."
         )
     whole = isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and 0 < size < 1 << 31 for size in shape)

@@ -1,8 +1,7 @@
-"""What every frozen matrix does with its storage: products, rows in float32, norms. Storage itself is the matrix's own."""
+"""The product with a stored matrix: by the kernels, or by plain torch where they cannot."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,10 +11,8 @@ from torch import Tensor
 from luthier import kernels
 
 if TYPE_CHECKING:
-    from luthier.matrices import Matrix
-    from luthier.matrices.factored import StoredMatrix
+    from luthier.matrices.frozen import StoredMatrix
 
-BLOCK_ELEMENTS = 1 << 20
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -54,31 +51,3 @@ class _WidenedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None]:
         return grad_output @ ctx.matrix.dequantize(grad_output.dtype), None
-
-
-def row_blocks(matrix: Matrix) -> Iterator[tuple[int, Tensor]]:
-    """(first row, rows in float32), a few at a time, so that W is never whole in float32."""
-    rows, columns = matrix.shape
-    step = max(1, BLOCK_ELEMENTS // columns)
-    for start in range(0, rows, step):
-        yield start, matrix.row_range(start, min(start + step, rows))
-
-
-def widened(matrix: Matrix, dtype: torch.dtype) -> Tensor:
-    """W as a tensor (out_features, in_features) in `dtype`, filled a few rows at a time."""
-    result = torch.empty(matrix.shape, dtype=dtype, device=matrix.weight.device)
-    for start, rows in row_blocks(matrix):
-        result[start : start + len(rows)] = rows
-    return result
-
-
-@torch.no_grad()
-def norms_squared(matrix: Matrix, dim: int) -> Tensor:
-    """Sums of squares along `dim`, float64: of each row (1) or column (0); kept for as long as the weight stays as it is."""
-    state = (matrix.weight.data_ptr(), matrix.weight._version)
-    kept = matrix.kept_norms.get(dim)
-    if kept is None or kept[0] != state:
-        pieces = [rows.to(torch.float64).square().sum(dim) for _, rows in row_blocks(matrix)]
-        kept = (state, torch.cat(pieces) if dim == 1 else torch.stack(pieces).sum(0))
-        matrix.kept_norms[dim] = kept
-    return kept[1]

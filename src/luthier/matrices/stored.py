@@ -7,15 +7,16 @@ from torch import Tensor
 
 from luthier.errors import NumericError, ShapeError, nearest
 from luthier.kernels.quantize import quantize_gguf
-from luthier.kernels.storage import KINDS
-from luthier.matrices.dense import STORAGE_DTYPES, DenseMatrix
+from luthier.kernels.storage import DENSE_DTYPES, KINDS
+from luthier.matrices.dense import DenseMatrix
+from luthier.matrices.frozen import StoredMatrix
 from luthier.matrices.gguf import GGUFMatrix
 from luthier.matrices.nf4 import NF4Matrix
 
-ROUNDED_KINDS = (*STORAGE_DTYPES, "nf4", "q4_0", "q4_1", "q8_0", "q4_k", "q6_k")
+ROUNDED_KINDS = (*DENSE_DTYPES, "nf4", "q4_0", "q4_1", "q8_0", "q4_k", "q6_k")
 
 
-def stored(weight: Tensor, kind: str) -> DenseMatrix | NF4Matrix | GGUFMatrix:
+def stored(weight: Tensor, kind: str) -> StoredMatrix:
     """weight (out_features, in_features), float32 and finite, each number rounded to the nearest that `kind` has there.
 
     Raises ShapeError for a kind that nothing here rounds to, or rows that are not whole blocks; NumericError for NaN, Inf,
@@ -26,9 +27,9 @@ def stored(weight: Tensor, kind: str) -> DenseMatrix | NF4Matrix | GGUFMatrix:
     weight = weight.detach().to(torch.float32).contiguous()
     if kind == "nf4":
         return NF4Matrix.quantize(weight)
-    if kind not in STORAGE_DTYPES:
+    if kind not in DENSE_DTYPES:
         return GGUFMatrix(quantize_gguf(weight, kind.upper()), kind)
-    dense = weight.to(STORAGE_DTYPES[kind])
+    dense = weight.to(DENSE_DTYPES[kind])
     if not bool(torch.isfinite(dense).all()):
         raise NumericError(f"a matrix must be finite as it is stored; rounded to {kind}, it is not.")
     return DenseMatrix(dense)

@@ -8,54 +8,29 @@ import torch
 from torch import Tensor
 
 from luthier.errors import ModelError, ShapeError, bulleted
-from luthier.kernels.storage import GGUF_BLOCKS
-from luthier.matrices import DenseMatrix, FactoredMatrix, GGUFMatrix, Matrix, NF4Matrix
-from luthier.matrices.dense import STORAGE_DTYPES
-from luthier.matrices.factored import StoredMatrix
-from luthier.matrices.nf4 import STATE_KEY
+from luthier.kernels.storage import DENSE_DTYPES, GGUF_BLOCKS
+from luthier.matrices import DenseMatrix, FactoredMatrix, GGUFMatrix, Matrix, NF4Matrix, StoredMatrix
 from luthier.models.checkpoint import DTYPES, SafetensorsCheckpoint
 from luthier.models.compressed_description import DESCRIPTION_FILE, Description, LayerEntry, check_files, read_description
+from luthier.models.mixed_checkpoint import MixedCheckpoint
+from luthier.models.nf4_checkpoint import nf4_matrix, part_names
 from luthier.units import shortened
 
 LONGEST_PROBLEM = 400
-NF4_ENDS = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", STATE_KEY.removeprefix("weight"))
-DTYPE_NAMES = {kind: name for kind, dtype in STORAGE_DTYPES.items() for name, known in DTYPES.items() if known == dtype}
+DTYPE_NAMES = {kind: name for kind, dtype in DENSE_DTYPES.items() for name, known in DTYPES.items() if known == dtype}
 
 
-class CompressedCheckpoint:
-    """A WeightSource over a folder with a compression.json. Tensors stay mapped; nothing is copied or widened.
+def compressed_checkpoint(folder: Path) -> MixedCheckpoint:
+    """A folder with a compression.json. Tensors stay mapped; nothing is copied or widened.
 
     The description is checked against itself, then the files' hashes, then every tensor's dtype and shape against the
     description, before a matrix is made. Raises ModelError with every problem found at that stage.
     """
-
-    def __init__(self, folder: Path):
-        self.description = read_description(folder)
-        self.plain = plain = SafetensorsCheckpoint(folder, self.description.files, DESCRIPTION_FILE)
-        check_files(folder, self.description)
-        reader = _Reader(plain, self.description)
-        self._matrices = reader.read()
-        self._names = [*(name for name in plain.names() if name not in reader.used), *self._matrices]
-
-    def names(self) -> list[str]:
-        return self._names
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._matrices[name].shape if name in self._matrices else self.plain.shape(name)
-
-    def dtype(self, name: str) -> torch.dtype | None:
-        return torch.float32 if name in self._matrices else self.plain.dtype(name)
-
-    def kind(self, name: str) -> str | None:
-        return self._matrices[name].kind if name in self._matrices else None
-
-    def matrix(self, name: str) -> Matrix:
-        return self._matrices[name]
-
-    def tensor(self, name: str, *, mapped: bool) -> Tensor:
-        if name in self._matrices:
-            return self._matrices[name].dequantize()
-        return self.plain.tensor(name, mapped=mapped)
+    description = read_description(folder)
+    plain = SafetensorsCheckpoint(folder, description.files, DESCRIPTION_FILE)
+    check_files(folder, description)
+    reader = _Reader(plain, description)
+    return MixedCheckpoint(plain, reader.read(), reader.used)
 
 
 class _Reader:
@@ -89,7 +64,7 @@ class _Reader:
     def _matrix(self, name: str, entry: LayerEntry) -> Matrix | None:
         """The layer's matrix; None where it is one plain tensor, which is read like that of any folder."""
         factored = entry.factored
-        if entry.kind in STORAGE_DTYPES:
+        if entry.kind in DENSE_DTYPES:
             self._check_header(f"{name}.weight", DTYPE_NAMES[entry.kind], (entry.rows, entry.columns))
             return None
         if factored is None:
@@ -120,9 +95,9 @@ class _Reader:
         return DenseMatrix(self._tensor(key, DTYPE_NAMES[kind], (rows, columns)))
 
     def _nf4(self, key: str, rows: int, columns: int) -> NF4Matrix:
-        names = {end: f"{key}{end}" for end in NF4_ENDS if f"{key}{end}" in self._present}
+        names = part_names(key, self._present)
         self.used.update(names.values())
-        matrix = NF4Matrix.from_tensors({f"weight{end}": self._plain.tensor(one, mapped=True) for end, one in names.items()})
+        matrix = nf4_matrix(self._plain, names)
         if matrix.shape != (rows, columns):
             raise ShapeError(f"{key} must be {(rows, columns)}; it is {matrix.shape}.")
         return matrix

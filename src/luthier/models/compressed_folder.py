@@ -14,8 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from luthier.disk import sha256_of
 from luthier.errors import ConfigError
 from luthier.linear import LowRankEmbedding, LowRankLinear
-from luthier.matrices import DenseMatrix, FactoredMatrix, Matrix, NF4Matrix
-from luthier.matrices.factored import StoredMatrix
+from luthier.matrices import DenseMatrix, FactoredMatrix, Matrix, NF4Matrix, StoredMatrix
 from luthier.models.compressed_description import DESCRIPTION_FILE, VERSION, Description, FileEntry, LayerEntry
 from luthier.models.nf4_checkpoint import COMPRESSED_METHOD
 from luthier.models.quantize import narrowest, write_quantized, write_weights

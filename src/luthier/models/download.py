@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import time
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from urllib.error import HTTPError
 
+from luthier.disk import sha256_of
 from luthier.errors import ModelError, PreflightError, one_line
 from luthier.models.package_index import IndexSettings, request, without_login
 from luthier.progress import Progress
@@ -85,12 +85,6 @@ def _continue(address: str, part: Path, size_bytes: int, settings: IndexSettings
 
 def _continues_at(answer: HTTPResponse, position: int) -> bool:
     return answer.status == 206 and (answer.headers.get("Content-Range") or "").startswith(f"bytes {position}-")
-
-
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _failed(address: str, part: Path, reason: str) -> ModelError:

@@ -6,7 +6,7 @@ Tensor by tensor: memory holds the model as it is stored, the tensor being conve
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -148,12 +148,17 @@ class Filler:
                 f"{self.where}:\n{bulleted(problems)}\n"
                 "Check that config.json and the weights belong together."
             )
-        self._check_kinds()
-
-    def _check_kinds(self) -> None:
-        """Raise ModelError if a matrix is to stay in blocks that no kernel multiplies with; note what is not as was asked."""
         kinds = {key: stored_as(self.source, self._source_name[key]) for key in self._matrix_keys()}
         odd = {key: kind for key, kind in kinds.items() if kind not in KINDS and not is_factored(kind)}
+        self._check_kinds(kinds, odd)
+        if self.base == "nf4":
+            self._note_kinds(kinds, odd)
+
+    def _check_kinds(self, kinds: Mapping[str, str], odd: Mapping[str, str]) -> None:
+        """Raise ModelError for a matrix that is to stay in blocks that no kernel multiplies with, and for tables in factors.
+
+        kinds: of every matrix, by its key; odd: those of these that no kernel knows.
+        """
         kept = [f"{key}: {kind.upper()}" for key, kind in odd.items() if self._wanted(key, self._source_name[key]) == kind]
         if kept:
             raise ModelError(
@@ -167,8 +172,9 @@ class Filler:
                 f"token embeddings and head are stored whole; {self.where} has them in factors:\n{bulleted(tables)}\n"
                 "Compress the model anew."
             )
-        if self.base != "nf4":
-            return
+
+    def _note_kinds(self, kinds: Mapping[str, str], odd: Mapping[str, str]) -> None:
+        """Note what is not as base nf4 asks."""
         factored = [key for key, kind in kinds.items() if is_factored(kind)]
         if factored:
             self.notes.append(f"{listed(factored)} stored in low-rank factors and kept so.")

@@ -14,17 +14,17 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 
 from luthier.config import NF4Options, Storage
 from luthier.errors import ConfigError, ModelError, PreflightError, bulleted, nearest, one_line
-from luthier.matrices import MATRICES
+from luthier.matrices import StoredMatrix
 from luthier.models.blocks.forward import use_blocks_in_forward
 from luthier.models.checkpoint import SafetensorsCheckpoint, WeightSource
-from luthier.models.compressed_checkpoint import CompressedCheckpoint
+from luthier.models.compressed_checkpoint import compressed_checkpoint
 from luthier.models.compressed_description import is_compressed
 from luthier.models.fill import Filler
 from luthier.models.gguf_checkpoint import GGUFCheckpoint
 from luthier.models.gguf_config import config_content
 from luthier.models.gguf_file import read_gguf
 from luthier.models.nf4_cache import cached_folder, open_cached, write_cached
-from luthier.models.nf4_checkpoint import NF4Checkpoint, holds_nf4
+from luthier.models.nf4_checkpoint import holds_nf4, nf4_checkpoint
 from luthier.models.skeleton import build_skeleton, make_config, read_config
 from luthier.models.source import ModelSource, resolve
 from luthier.models.tokenizer import gguf_tokenizer, read_tokenizer
@@ -111,9 +111,9 @@ def open_weights(path: Path) -> tuple[PretrainedConfig, WeightSource]:
     if path.is_dir():
         config = read_config(path)
         if is_compressed(path):
-            return config, CompressedCheckpoint(path)
+            return config, compressed_checkpoint(path)
         plain = SafetensorsCheckpoint(path)
-        return config, NF4Checkpoint(plain) if holds_nf4(plain) else plain
+        return config, nf4_checkpoint(plain) if holds_nf4(plain) else plain
     file = read_gguf(path)
     config = make_config(config_content(file), str(path))
     return config, GGUFCheckpoint(file, config.num_attention_heads, config.num_key_value_heads)
@@ -172,7 +172,7 @@ def check_finite(model: PreTrainedModel) -> None:
     """Raise PreflightError naming every weight that holds NaN or Inf. Reads all numbers once; of blocks, the scales."""
     problems = []
     for name, module in model.named_modules():
-        if isinstance(module, MATRICES):
+        if isinstance(module, StoredMatrix):
             counts = {"weight": (module.not_finite(), module.shape[0] * module.shape[1])}
         else:
             own = module.named_parameters(recurse=False)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from luthier.errors import ModelError, ShapeError, bulleted
 from luthier.matrices import NF4Matrix
 from luthier.matrices.nf4 import STATE_KEY
 from luthier.models.checkpoint import SafetensorsCheckpoint
+from luthier.models.mixed_checkpoint import MixedCheckpoint
 
 # What a compressed model's config.json names, so that Transformers does not take it for a model without these weights.
 COMPRESSED_METHOD = "luthier"
 STATE_MARK = ".quant_state.bitsandbytes__"
-PART_ENDS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
-NF4_SUFFIX = STATE_KEY.removeprefix("weight")
+PART_ENDS = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", STATE_KEY.removeprefix("weight"))
 # What other quantizers call the tensors they put beside or in place of a weight.
 OTHER_FORMATS = {
     ".SCB": "bitsandbytes int8",
@@ -71,37 +69,23 @@ def holds_nf4(plain: SafetensorsCheckpoint) -> bool:
     return any(STATE_MARK in name for name in plain.names())
 
 
-class NF4Checkpoint:
-    """A WeightSource over a folder with weights in bitsandbytes NF4 beside plain ones.
+def nf4_checkpoint(plain: SafetensorsCheckpoint) -> MixedCheckpoint:
+    """A folder with weights in bitsandbytes NF4 beside plain ones.
 
     Raises ModelError naming every weight whose parts are missing, do not fit, or are of another format.
     """
+    found = read_nf4(plain)
+    return MixedCheckpoint(plain, found, {f"{name}{end}" for name in found for end in PART_ENDS})
 
-    def __init__(self, plain: SafetensorsCheckpoint):
-        self.plain = plain
-        self._quantized = read_nf4(plain)
-        parts = {f"{name}{end}" for name in self._quantized for end in (*PART_ENDS, NF4_SUFFIX)}
-        self._names = [name for name in plain.names() if name not in parts]
 
-    def names(self) -> list[str]:
-        return self._names
+def nf4_matrix(plain: SafetensorsCheckpoint, names: Mapping[str, str]) -> NF4Matrix:
+    """The matrix of tensors that `part_names` found, mapped. Raises ShapeError where parts are missing or do not fit."""
+    return NF4Matrix.from_tensors({part: plain.tensor(name, mapped=True) for part, name in names.items()})
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._quantized[name].shape if name in self._quantized else self.plain.shape(name)
 
-    def dtype(self, name: str) -> torch.dtype | None:
-        return torch.float32 if name in self._quantized else self.plain.dtype(name)
-
-    def kind(self, name: str) -> str | None:
-        return "nf4" if name in self._quantized else None
-
-    def matrix(self, name: str) -> NF4Matrix:
-        return self._quantized[name]
-
-    def tensor(self, name: str, *, mapped: bool) -> Tensor:
-        if name in self._quantized:
-            return self._quantized[name].dequantize()
-        return self.plain.tensor(name, mapped=mapped)
+def part_names(weight: str, present: AbstractSet[str]) -> dict[str, str]:
+    """From what NF4Matrix calls its parts to the names of those that are `present` of the weight called so."""
+    return {f"weight{end}": f"{weight}{end}" for end in PART_ENDS if f"{weight}{end}" in present}
 
 
 def read_nf4(plain: SafetensorsCheckpoint) -> dict[str, NF4Matrix]:
@@ -113,9 +97,8 @@ def read_nf4(plain: SafetensorsCheckpoint) -> dict[str, NF4Matrix]:
     if problems and not marked:
         raise _refusal(str(plain.folder), f"bitsandbytes {problems[0].rpartition(' ')[2]} ({problems[0].partition(' ')[0]})")
     for name in marked:
-        keys = {end: f"{name}{end}" for end in ("", *PART_ENDS, NF4_SUFFIX) if f"{name}{end}" in present}
         try:
-            found[name] = NF4Matrix.from_tensors({f"weight{end}": plain.tensor(key, mapped=True) for end, key in keys.items()})
+            found[name] = nf4_matrix(plain, part_names(name, present))
         except ShapeError as error:
             problems.append(f"{name}: {error}")
     if problems:

@@ -114,14 +114,13 @@ def _attention(
     `_unused` takes what families pass to every attention and that does not change it (positions, flags of other kernels).
     """
     starts = _boundaries.get()
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if not causal or position_bias is not None:
-        raise NotPackable("its attention is not causal" if not causal else "its attention has a position bias")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise NotPackable("its attention is not causal")
+    if position_bias is not None:
+        raise NotPackable("its attention has a position bias")
     if query.shape[0] != 1 or query.shape[2] != starts[-1] or key.shape[2] != starts[-1]:
         raise NotPackable("its attention reads other tokens than those of the row")
-    windows = [int(sliding_window)] if sliding_window else []
-    if attention_mask is not None:
-        windows.append(int(attention_mask))
+    windows = [int(window) for window in (sliding_window or None, attention_mask) if window is not None]
     output = packed_attention(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),

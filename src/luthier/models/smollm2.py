@@ -9,10 +9,11 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from luthier.disk import sha256_of
 from luthier.errors import LuthierError, ModelError
 from luthier.models import hub
 from luthier.models.cache import cache_folder, cache_root, publish
-from luthier.models.download import download, sha256_of
+from luthier.models.download import download
 from luthier.models.package_index import find_file, local_path, pip_settings
 from luthier.progress import Progress
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from luthier.adapters.targets import is_inside, named_by
 from luthier.config import NF4Options, Storage
 from luthier.errors import ConfigError, ModelError, NumericError, PreflightError, bulleted, nearest
-from luthier.kernels.storage import KINDS
+from luthier.kernels.storage import DENSE_DTYPES, KINDS
 from luthier.matrices import DenseMatrix, Matrix, NF4Matrix
-from luthier.matrices.dense import STORAGE_DTYPES
 from luthier.models.checkpoint import WeightSource
 
 # Subclasses of nn.Linear with a forward of their own that is the plain product all the same.
@@ -86,26 +87,29 @@ def _path(name: str) -> list[str]:
 def stored_as(source: WeightSource, name: str) -> str:
     """The kind a tensor has in its source: f32, bf16, f16, nf4, or a type of GGUF blocks. F64 counts as f32."""
     dtype = source.dtype(name)
-    return source.kind(name) or next((kind for kind, known in STORAGE_DTYPES.items() if known == dtype), "f32")
+    return source.kind(name) or next((kind for kind, known in DENSE_DTYPES.items() if known == dtype), "f32")
 
 
 def read_matrix(source: WeightSource, name: str, key: str, wanted: Storage | str, transposed: bool, *, double: bool) -> Matrix:
     """One tensor of `source` as a matrix stored as `wanted`: mapped where it stays as it is, else read, converted, let go.
 
-    key: its name in the model, for errors. transposed: it lies (in, out). Blocks on their way to another storage stand in
-    float32 as a whole, and beside them nothing, where a kernel reads them.
+    key: its name in the model, for errors. transposed: it lies (in, out). Blocks on their way to nf4 stand in float32 a few
+    rows at a time where a kernel reads them, to another storage as a whole, and beside them nothing.
     Raises ModelError where f16 cannot hold it, PreflightError where NF4 meets NaN or Inf.
     """
     kind = stored_as(source, name)
     in_blocks = source.kind(name) in KINDS
     if wanted == kind and source.kind(name):
         return source.matrix(name)
-    if wanted == kind and source.dtype(name) in STORAGE_DTYPES.values():
+    if wanted == kind and source.dtype(name) in DENSE_DTYPES.values():
         return DenseMatrix(source.tensor(name, mapped=True), transposed)
+    if in_blocks and wanted == "nf4":
+        return _in_nf4(partial(NF4Matrix.converted, source.matrix(name), double=double), key)
     tensor = source.matrix(name).dequantize() if in_blocks else source.tensor(name, mapped=False)
     if wanted == "nf4":
-        return _quantized(tensor.T if transposed else tensor, key, double)
-    tensor = tensor.to(STORAGE_DTYPES[wanted])
+        weight = (tensor.T if transposed else tensor).to(torch.float32 if tensor.dtype == torch.float64 else tensor.dtype)
+        return _in_nf4(partial(NF4Matrix.quantize, weight, double=double), key)
+    tensor = tensor.to(DENSE_DTYPES[wanted])
     if wanted == "f16":
         low, high = tensor.aminmax()
         if max(-low, high) == math.inf:
@@ -113,8 +117,8 @@ def read_matrix(source: WeightSource, name: str, key: str, wanted: Storage | str
     return DenseMatrix(tensor, transposed)
 
 
-def _quantized(weight: Tensor, key: str, double: bool) -> NF4Matrix:
+def _in_nf4(make: Callable[[], NF4Matrix], key: str) -> NF4Matrix:
     try:
-        return NF4Matrix.quantize(weight.to(torch.float32) if weight.dtype == torch.float64 else weight, double=double)
+        return make()
     except NumericError as error:
         raise PreflightError(f"the base weights must be finite; {key}: {error} Download the model again.") from error

@@ -15,6 +15,7 @@ from luthier.kernels.storage import DENSE_DTYPES, GGUF_BLOCKS, NF4_BLOCK, NF4_NE
 from luthier.linear import LowRankEmbedding, LowRankLinear
 from luthier.matrices import DenseMatrix, Matrix
 from luthier.matrices.factored import FactoredKind
+from luthier.matrices.nf4 import CONVERTED_ELEMENTS
 from luthier.models.checkpoint import WeightSource
 from luthier.models.fill import Filler
 from luthier.models.load import open_weights
@@ -94,12 +95,15 @@ def read_blueprint(config: RunConfig, listener: Listener) -> Blueprint:
 
 
 def _loading_bytes(filler: Filler, weights: WeightSource, key: str, kind: str) -> int:
-    """What stands beside the model while this weight is converted: its numbers as they are read; 0 where it is mapped."""
+    """What stands beside the model while this weight is converted: its numbers as they are read, of blocks on their way to nf4
+    a few rows; 0 where it is mapped."""
     name = filler.source_name(key)
     dtype = weights.dtype(name)
     if kind == weights.kind(name) or (weights.kind(name) is None and DENSE_DTYPES.get(kind) == dtype):
         return 0
-    return prod(weights.shape(name)) * (dtype or torch.float32).itemsize
+    whole = prod(weights.shape(name)) * (dtype or torch.float32).itemsize
+    is_in_rows = kind == "nf4" and weights.kind(name) is not None
+    return min(whole, CONVERTED_ELEMENTS * FLOAT_BYTES) if is_in_rows else whole
 
 
 def stored_bytes(kind: str, rows: int, columns: int, *, double: bool) -> int:

@@ -23,6 +23,11 @@ class Series:
     points: Sequence[Point]
     kind: str = "main"
 
+    @property
+    def has_dots(self) -> bool:
+        """So has a single point, which no line goes through."""
+        return self.kind == "held-out" or len(self.points) == 1
+
 
 @dataclass(frozen=True)
 class Chart:
@@ -36,6 +41,35 @@ class Chart:
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
     data: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Plane:
+    """What the plot area shows: x from left to right, y from low to high, and where y has its ticks."""
+
+    left: float
+    right: float
+    low: float
+    high: float
+    y_ticks: list[float]
+
+    @classmethod
+    def around(cls, points: Sequence[Point], *, from_zero: bool) -> _Plane:
+        low, high = min(y for _, y in points), max(y for _, y in points)
+        if low > 0 and (from_zero or low < 0.6 * high):
+            low = 0.0
+        ticks = nice_ticks(low, high)
+        left, right = min(x for x, _ in points), max(x for x, _ in points)
+        return cls(left, right, min(low, ticks[0]), max(high, ticks[-1]), ticks)
+
+    def place(self, x: float, y: float) -> Point:
+        """In percentages of the area."""
+        across = 100 * (x - self.left) / (self.right - self.left) if self.right > self.left else 50.0
+        return round(across, 2), round(100 * (y - self.low) / (self.high - self.low), 2)
+
+    @property
+    def x_ticks(self) -> list[float]:
+        return [x for x in nice_ticks(self.left, self.right, whole=True) if self.left <= x <= self.right]
 
 
 def line_chart(
@@ -53,32 +87,17 @@ def line_chart(
     drawn = [Series(one.label, thinned(one.points, MOST_POINTS), one.kind) for one in series if one.points]
     if not drawn:
         return None
-    points = [point for one in drawn for point in one.points]
-    left, right = min(x for x, _ in points), max(x for x, _ in points)
-    low, high = min(y for _, y in points), max(y for _, y in points)
-    if low > 0 and (from_zero or low < 0.6 * high):
-        low = 0.0
-    ticks = nice_ticks(low, high)
-    low, high = min(low, ticks[0]), max(high, ticks[-1])
-
-    def place(x: float, y: float) -> Point:
-        across = 100 * (x - left) / (right - left) if right > left else 50.0
-        return round(across, 2), round(100 * (y - low) / (high - low), 2)
-
+    plane = _Plane.around([point for one in drawn for point in one.points], from_zero=from_zero)
+    place = plane.place
     return Chart(
         title=title,
         summary="; ".join(_summary(one, show) for one in drawn),
         legend=[(one.kind, one.label) for one in drawn] if len(drawn) > 1 else [],
         paths=[(one.kind, _path([place(*point) for point in one.points])) for one in drawn if len(one.points) > 1],
-        dots=[
-            (one.kind, *place(*point))
-            for one in drawn
-            if one.kind == "held-out" or len(one.points) == 1
-            for point in one.points
-        ],
-        x_ticks=[(place(x, low)[0], f"{x:,.0f}") for x in nice_ticks(left, right, whole=True) if left <= x <= right],
-        y_ticks=[(place(left, y)[1], (tick or show)(y)) for y in ticks],
-        data={"left": left, "right": right, "series": [_readings(one, show, place) for one in drawn]},
+        dots=[(one.kind, *place(*point)) for one in drawn if one.has_dots for point in one.points],
+        x_ticks=[(place(x, plane.low)[0], f"{x:,.0f}") for x in plane.x_ticks],
+        y_ticks=[(place(plane.left, y)[1], (tick or show)(y)) for y in plane.y_ticks],
+        data={"left": plane.left, "right": plane.right, "series": [_readings(one, show, place) for one in drawn]},
     )
 
 

@@ -14,8 +14,8 @@ from luthier.adapters.targets import low_rank_layers
 from luthier.config import RunConfig
 from luthier.kernels.storage import DENSE_DTYPES, GGUF_BLOCKS, NF4_BLOCK, NF4_NESTED_BLOCK
 from luthier.linear import LowRankEmbedding
-from luthier.matrices import DenseMatrix, FactoredMatrix, GGUFMatrix, Matrix, NF4Matrix
-from luthier.matrices.factored import FactoredKind, StoredMatrix
+from luthier.matrices import DenseMatrix, FactoredMatrix, GGUFMatrix, Matrix, NF4Matrix, StoredMatrix
+from luthier.matrices.factored import FactoredKind
 from luthier.models.skeleton import build_skeleton, make_config
 from luthier.training.blueprint import Blueprint, put_layers
 from luthier.training.initial import TAKES_OFF
