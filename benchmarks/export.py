@@ -287,8 +287,6 @@ def open_mlx(trained: Trained, folder: Path, options: argparse.Namespace) -> Ope
     from luthier.export.compare import model_logits
     from luthier.export.subject import open_subject
 
-    if trained.subject.config is not None and trained.subject.config.method == "qlora":
-        raise_left_out("an mlx-lm folder does not say that its base was in 4 bits; it is read back for the LoRA runs")
     back = open_subject(str(folder), base_model=trained.subject.base)
     return Opened("our reader of mlx-lm's layout", model_logits(back.model, trained.reference))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,72 @@ def test_a_page_is_written_and_named(capsys, tiny_llama: Path, folder: Path) -> 
         code, _, err = invoke(capsys, *common, "--html", bad)
         assert code == 2
         assert f"--html needs a file in a folder that exists; got {bad}. Make its folder first." in err
+    code, _, err = invoke(capsys, *common, "--html", folder / ("x" * 300))
+    assert code == 2
+    assert "error: --html needs a file that can be written; " in err
+
+
+def test_names_that_lead_nowhere_cost_no_time(capsys, monkeypatch, tiny_llama: Path, folder: Path, adapter: Path) -> None:
+    """They are said before a model is loaded, and before hours of measuring."""
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("luthier.training.load_run.load", never)
+    rows = folder / "labels.jsonl"
+    for arguments, code, message in (
+        (("--data", folder / "typo.jsonl"), 4, f"there is no file {folder / 'typo.jsonl'}."),
+        (("--data", rows, "--guard", f"{folder / 'typo.jsonl'}:2%"), 4, f"there is no file {folder / 'typo.jsonl'}."),
+        (("--data", rows, "--vs", folder / "typo"), 2, f"no model is called '{folder / 'typo'}'."),
+        (("--data", rows, "--vs", adapter), 2, f"an adapter needs its base below it; {adapter} is an adapter folder."),
+    ):
+        got, _, err = invoke(capsys, "eval", tiny_llama, "--adapter", adapter, *arguments)
+        assert got == code
+        assert message in err
+    for command in (("eval", adapter, "--data", rows), ("chat", adapter, "--prompt", "x")):
+        got, _, err = invoke(capsys, *command)
+        assert got == 2
+        assert f"Give MODEL --adapter {adapter}." in err
+
+
+@pytest.mark.parametrize(
+    ("metric", "row", "message"),
+    [
+        ("json", {"prompt": "x", "completion": "{not json"}, "1 of 1 are not:"),
+        ("label", {"prompt": "x", "completion": "blue"}, "labels taken from the rows must be 2 to 1000 answers"),
+        ("exact", {"prompt": "word " * 600, "completion": "x"}, "rows must fit the model's 512 positions"),
+    ],
+)
+def test_a_row_of_one_set_does_not_cost_the_measuring_of_another(
+    capsys, monkeypatch, tiny_llama: Path, folder: Path, metric: str, row: dict[str, str], message: str
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr("luthier.cli.compare.evaluate", never)
+    (folder / "bad.jsonl").write_text(json.dumps(row) + "\n")
+    code, _, err = invoke(
+        capsys, "eval", tiny_llama, "--data", folder / ("json.jsonl" if metric == "json" else "labels.jsonl"), "--data",
+        folder / "bad.jsonl", "--metrics", metric, "--max-length", "4000",
+    )  # fmt: skip
+    assert code == 4
+    assert message in err
+
+
+def test_a_page_that_cannot_be_written_takes_no_figures_along(capsys, monkeypatch, tiny_llama: Path, folder: Path) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("luthier.disk.write_atomically", full)
+    page = folder / "out.html"
+    common = ["eval", tiny_llama, "--data", folder / "labels.jsonl", "--metrics", "loss", "--html", page]
+    for more in ([], ["--json"]):
+        code, out, err = invoke(capsys, *common, *more)
+        assert code == 3
+        assert f"error: the page must be written to --html; {page}: No space left on device." in err
+        assert "loss" in out
+        assert "page:" not in out
+    assert last_json(out)["metrics"].keys() >= {"loss"}
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from luthier.cli.eval_tables import print_reports
 from luthier.data import Dataset
 from luthier.evaluation.bootstrap import Figure, mean_of, ratio
 from luthier.evaluation.compare import report_on
-from luthier.evaluation.evaluate import EvalResult
 from luthier.evaluation.guard import Guard
+from luthier.evaluation.result import EvalResult
 from luthier.evaluation.sets import EvalSet
 
 

@@ -232,6 +232,14 @@ def test_a_message_that_cannot_be_one_does_not_end_the_conversation(capsys, monk
     assert "error: a conversation must stay below" in err
 
 
+def test_bytes_that_are_no_text_do_not_end_the_conversation(capsys, monkeypatch, tiny_llama: Path) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\nhello\n"), encoding="utf-8"))
+    code, out, err = invoke(capsys, "chat", str(tiny_llama), "--max-tokens", "2")
+    assert code == 0, err
+    assert "error: the message: text must be valid Unicode" in err
+    assert len(out.splitlines()) >= 1
+
+
 def test_a_model_without_a_template_says_that_it_forgets(capsys, monkeypatch, tmp_path: Path) -> None:
     from tiny import tiny_model, tiny_tokenizer
 

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import luthier
 from luthier.cli.main import run
+from luthier.cli.quiet import quiet_libraries
+from luthier.disk import staged_folder
 
 
 def invoke(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -107,3 +114,60 @@ def test_runs_ls_of_an_empty_folder(capsys: pytest.CaptureFixture[str], tmp_path
     code, out, _ = invoke(capsys, "runs", "ls", "--root", str(tmp_path), "--json")
     assert code == 0
     assert json.loads(out) == {"runs": []}
+
+
+def in_a_process(*arguments: str, **keys: Any) -> subprocess.CompletedProcess[str]:
+    program = "import sys\nfrom luthier.cli.main import run\nrun(sys.argv[1:])"
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, **keys)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_an_output_that_takes_nothing_more_is_no_fault_of_ours() -> None:
+    with open("/dev/full", "w") as full:
+        done = in_a_process("runs", "ls", "--root", "/nonexistent", "--json", stdout=full)
+    assert done.returncode == 3, done.stderr
+    assert done.stderr == "error: what is written needs room on the disk; the output: No space left on device. Free some.\n"
+
+
+def test_characters_that_an_output_cannot_hold_are_written_out() -> None:
+    """As with a pipe on Windows, whose encoding is an old one."""
+    command = "import sys\nfrom luthier.cli import main\n"
+    command += "main.app.command('say')(lambda: sys.stdout.write('caf\\u00e9 \\U0001f3bb'))\nmain.run(['say'])"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == b"caf\\xe9 \\U0001f3bb"
+
+
+def test_ctrl_c_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("luthier.training.run_index.list_runs", stop)
+    assert invoke(capsys, "runs", "ls", "--root", str(tmp_path)) == (130, "", "error: interrupted\n")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows knows no SIGTERM that can be caught")
+def test_sigterm_leaves_nothing_half_written(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def killed(_: object) -> None:
+        with staged_folder(tmp_path / "out", lambda stage, target: None) as stage:
+            (stage / "half").write_text("x")
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise AssertionError("went on")
+
+    monkeypatch.setattr("luthier.training.run_index.list_runs", killed)
+    before = signal.getsignal(signal.SIGTERM)
+    assert invoke(capsys, "runs", "ls", "--root", str(tmp_path)) == (143, "", "")
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_libraries_do_not_chatter() -> None:
+    quiet_libraries()
+    assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.warn_explicit("old name", FutureWarning, "x.py", 1, module="transformers.modeling_utils")
+    assert heard == []

@@ -13,8 +13,8 @@ from luthier.errors import ConfigError, DataError, GuardError
 from luthier.evaluation.bootstrap import mean_of
 from luthier.evaluation.choice import Choice
 from luthier.evaluation.compare import as_json, check_same_rows, metrics_for, raise_broken, report_on
-from luthier.evaluation.evaluate import EvalResult, Judged
 from luthier.evaluation.guard import Guard
+from luthier.evaluation.result import EvalResult, Judged
 from luthier.evaluation.sets import EvalSet, Extras
 
 EXAMPLE = Example([1, 2], [False, True], [1], "ask", "yes", "f.jsonl:1")
@@ -97,6 +97,8 @@ def test_rows_that_all_agree_are_said_to_show_no_spread() -> None:
         "where all 60 rows agree, resampling them shows no spread; the rate of the other outcome may still be up to 5 % "
         "(rule of three)"
     ]
+    few = report_on(eval_set(), result_of([0.0] * 3), None)
+    assert few.notes == ["the rows are too few to say anything of a share on which all agree"]
 
 
 def test_json_of_one_model_alone() -> None:

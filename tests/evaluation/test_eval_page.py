@@ -12,9 +12,9 @@ from luthier.data import Dataset
 from luthier.evaluation.answers import Answer, mark_answers
 from luthier.evaluation.bootstrap import mean_of
 from luthier.evaluation.compare import SetReport, report_on
-from luthier.evaluation.evaluate import EvalResult, Judged
 from luthier.evaluation.guard import Guard
 from luthier.evaluation.page import render_evaluation
+from luthier.evaluation.result import EvalResult, Judged
 from luthier.evaluation.sets import EvalSet
 
 HOSTILE = "</script><script>alert(1)</script>'\"><img src=x onerror=alert(1)> {{ 7*7 }} \x1b[2J\u202e"

@@ -15,7 +15,8 @@ from luthier.data import Dataset, Renderer
 from luthier.errors import ConfigError, DataError, NumericError
 from luthier.evaluation import evaluate as evaluate_module
 from luthier.evaluation import scores
-from luthier.evaluation.evaluate import Answer, evaluate
+from luthier.evaluation.answers import Answer
+from luthier.evaluation.evaluate import evaluate
 from luthier.evaluation.generate import generate_batch
 from luthier.evaluation.sets import Extras
 from luthier.evaluation.stops import end_tokens

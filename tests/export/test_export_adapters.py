@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from tiny import write_tiny
 
 import luthier
 from luthier.adapters import load_adapter
+from luthier.adapters.targets import low_rank_layers
 from luthier.config import NF4Options
-from luthier.errors import AdapterError, ConfigError
+from luthier.errors import AdapterError, ConfigError, NumericError
 from luthier.export.export import export
 from luthier.export.gguf_adapter import read_adapter
 from luthier.export.subject import open_subject
@@ -98,7 +100,9 @@ def test_what_llama_cpp_cannot_add_is_refused(tmp_path: Path, tied: bool, spec: 
 def test_mlx_and_back(tmp_path: Path, spec: dict[str, Any]) -> None:
     """What mlx-lm computes from the file, y = x W^T + scale (x a) b, is what was trained; and it is read back as that."""
     adapter = adapted(tmp_path, tied=False, **spec)
-    export(str(adapter), to="mlx", out=tmp_path / "mlx")
+    (verified,) = export(str(adapter), to="mlx", out=tmp_path / "mlx", data=row_file(tmp_path), verify=True).verification
+    assert verified.by == "luthier's reader"
+    assert verified.passed
     settings = json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())
     assert settings["fine_tune_type"] == ("dora" if spec.get("variant") == "dora" else "lora")
     assert settings["num_layers"] == 2
@@ -140,6 +144,65 @@ def test_an_adapter_of_mlx_lm_is_read(tmp_path: Path) -> None:
         open_subject(str(folder), base_model=str(tmp_path / "model"))
     assert "model.layers.9.x is not a layer of the model" in str(caught.value)
     assert f"{name}.lora_b is missing" in str(caught.value)
+    save_file({f"{name}.lora_a": a[0, 0].clone(), f"{name}.lora_b": b[0]}, folder / "adapters.safetensors")
+    with pytest.raises(AdapterError, match=r"q_proj.lora_a has shape \(\), where 2 dimensions are expected"):
+        open_subject(str(folder), base_model=str(tmp_path / "model"))
+
+
+def test_an_mlx_folder_remembers_its_base(tmp_path: Path) -> None:
+    """Trained on NF4, it is read back on NF4, and another base is refused; without a record nothing is claimed of the base."""
+    quantize(str(write_tiny(tmp_path / "plain", "llama")), tmp_path / "nf4", nf4=NF4Options())
+    adapter = adapted(tmp_path, model=tmp_path / "nf4")
+    export(str(adapter), to="mlx", out=tmp_path / "mlx", data=row_file(tmp_path), verify=True)
+    back = open_subject(str(tmp_path / "mlx"), base_model=str(tmp_path / "plain"))
+    assert {layer.matrix.kind for layer in low_rank_layers(back.model).values()} >= {"nf4"}
+    assert back.base_note is not None
+    assert "trained on the base in NF4" in back.base_note
+    other = shutil.copytree(tmp_path / "plain", tmp_path / "other")
+    weights = {name: -tensor for name, tensor in load_file(other / "model.safetensors").items()}
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(AdapterError, match="more than rounding to"):
+        open_subject(str(tmp_path / "mlx"), base_model=str(other))
+    (tmp_path / "mlx" / "luthier_base.json").unlink()
+    blocks = write_gguf(tmp_path / "blocks.gguf", random_model("llama"), "llama", Kind.Q4_1)
+    unknown = open_subject(str(tmp_path / "mlx"), base_model=str(blocks))
+    assert unknown.base_note is not None
+    assert "What the adapter was trained on is not recorded" in unknown.base_note
+
+
+def test_what_is_wrong_with_an_adapter_of_mlx_lm_is_said_of_its_own_files(tmp_path: Path) -> None:
+    """Not of the copy in another layout that is made of it."""
+    export(str(adapted(tmp_path)), to="mlx", out=tmp_path / "mlx", rows=0)
+    settings = json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())
+    for key, value in (("scale", 0), ("scale", -1.0), ("dropout", 7)):
+        changed = settings | {"lora_parameters": settings["lora_parameters"] | {key: value}}
+        (tmp_path / "mlx" / "adapter_config.json").write_text(json.dumps(changed))
+        with pytest.raises(AdapterError, match=r"scale must be above 0, dropout at least 0 and below 1; .*mlx/adapter_config"):
+            open_subject(str(tmp_path / "mlx"))
+    (tmp_path / "mlx" / "adapter_config.json").write_text(json.dumps(settings))
+    tensors = load_file(tmp_path / "mlx" / "adapters.safetensors")
+    first = min(tensors)
+    save_file({**tensors, first: tensors[first].int()}, tmp_path / "mlx" / "adapters.safetensors")
+    with pytest.raises(AdapterError, match=f"{first} is int32"):
+        open_subject(str(tmp_path / "mlx"))
+    tensors[first][0, 0] = float("nan")
+    save_file(tensors, tmp_path / "mlx" / "adapters.safetensors")
+    with pytest.raises(NumericError, match=f"mlx/adapters.safetensors must be finite; NaN or Inf in:\n  - {first}"):
+        open_subject(str(tmp_path / "mlx"))
+
+
+def test_half_an_adapter_is_not_taken_for_a_model(tmp_path: Path) -> None:
+    adapter = adapted(tmp_path)
+    settings = adapter / "adapter_config.json"
+    settings.write_text("[1]")
+    with pytest.raises(AdapterError, match=r"adapter_config\.json must hold one JSON object\. Copy the adapter again"):
+        open_subject(str(adapter))
+    settings.unlink()
+    with pytest.raises(AdapterError, match=r"beside its weights; .* has adapter_model\.safetensors alone"):
+        open_subject(str(adapter))
+    for name in ("z" * 300, "~nobody-here/x"):
+        with pytest.raises(ConfigError, match="a model's name must lead to something readable"):
+            open_subject(name)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from tiny_runs import tiny_config
 
 from luthier.cli.export import DEFAULT_ROWS
 from luthier.cli.main import run
-from luthier.export import export as export_module
+from luthier.export import request
+from luthier.export import write as write_module
 from luthier.training.run import train
 
 
@@ -63,14 +64,14 @@ def test_a_result_that_computes_something_else_is_not_left_behind(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = adapted(tmp_path)
-    written = export_module.write_merged
+    written = write_module.write_merged
 
     def without_the_adapter(stage, merge, tokenizer, kind, *, progress=None):
         for layer in merge.layers.values():
             layer.terms.clear()
         return written(stage, merge, tokenizer, kind, progress=progress)
 
-    monkeypatch.setattr(export_module, "write_merged", without_the_adapter)
+    monkeypatch.setattr(write_module, "write_merged", without_the_adapter)
     arguments = ["export", str(adapter), "--to", "merged", "--out", str(tmp_path / "out"), "--verify"]
     arguments += ["--data", row_file(tmp_path)]
     code, _, err = output(arguments, capsys)
@@ -116,4 +117,4 @@ def test_weights_that_cannot_fit_the_disk_are_refused_before_writing(
 
 
 def test_the_number_of_rows_is_stated_once() -> None:
-    assert DEFAULT_ROWS == export_module.DEFAULT_ROWS
+    assert DEFAULT_ROWS == request.DEFAULT_ROWS

@@ -18,8 +18,9 @@ from tiny import CHATML, tiny_tokenizer
 import luthier
 from luthier.adapters import AdapterSpec, attach, load_adapter, save_adapter
 from luthier.errors import ConfigError, ModelError
-from luthier.export.export import ExportReport, export
+from luthier.export.export import export
 from luthier.export.gguf_settings import gguf_settings
+from luthier.export.report import ExportReport
 from luthier.models.gguf_file import read_gguf
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")

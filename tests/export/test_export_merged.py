@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 import luthier
 from luthier.adapters import load_adapter
-from luthier.errors import AdapterError, ConfigError, NumericError
+from luthier.errors import AdapterError, ConfigError, ModelError, NumericError
 from luthier.export import merged_folder
 from luthier.export.export import export
 from luthier.export.merge import Merge
@@ -30,7 +30,7 @@ HEAD, EMBEDDING = "lm_head", "embed_tokens"
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_opens_in_transformers_with_equal_logits(tmp_path: Path, family: str) -> None:
     adapter = adapted(tmp_path, family)
-    report = export(str(adapter), to="merged", out=tmp_path / "out", dtype="f32", data=row_file(tmp_path), rows=0)
+    report = export(str(adapter), to="merged", out=tmp_path / "out", dtype="f32", rows=0)
     model = plain(tmp_path / "out")
     expected = logits(ours(tmp_path))
     assert relative(logits(model), expected) <= 1e-4
@@ -187,6 +187,19 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=message.replace("?", r"\?").replace(".", r"\.")):
             export(target, **arguments)
         assert not (tmp_path / "out").exists()
+
+
+def test_a_chat_template_whose_name_leads_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    """Each template becomes a file of its name; Transformers refuses such a one, and that is the base's fault."""
+    folder = write_tiny(tmp_path / "model", "llama")
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["chat_template"] = [{"name": "default", "template": "x"}, {"name": "../../escaped", "template": "y"}]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match=r"must be fit to be saved; Transformers says: Invalid chat template name"):
+        export(str(folder), to="merged", out=tmp_path / "a" / "out", rows=0)
+    assert not list(tmp_path.rglob("escaped*"))
+    assert not list((tmp_path / "a").iterdir())
 
 
 def test_numbers_beyond_float16_are_named(tmp_path: Path) -> None:

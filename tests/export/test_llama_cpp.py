@@ -37,9 +37,8 @@ def test_a_merged_file_computes_what_was_trained(tmp_path: Path, family: str, ki
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "q6_k", "q4_k", "q4_1", "q4_0"])
-def test_blocks_are_read_as_we_read_them(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_are_read_as_we_read_them(tmp_path: Path, kind: str) -> None:
     """llama.cpp rounds what goes into blocks to 8 bits, on which a random model's greedy text turns."""
-    monkeypatch.setattr("luthier.export.verify.LEAST_EQUAL_ROWS", 0.0)
     random_model("llama", hidden_size=256, intermediate_size=256).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     adapter = adapted(tmp_path, model=tmp_path / "model")
@@ -59,7 +58,7 @@ def test_an_adapter_on_blocks_as_they_are(tmp_path: Path, kind: Kind, spec: dict
     llama.cpp rounds what goes into such a matrix to 16 or 8 bits. A random model's likeliest tokens are nearly tied, so
     that its greedy text turns on this; that of a trained one is compared in benchmarks/export.py.
     """
-    monkeypatch.setattr("luthier.export.verify.LEAST_EQUAL_ROWS", 0.0)
+    monkeypatch.setattr("luthier.export.by_llama_cpp.LEAST_EQUAL_ROWS", 0.0)
     model = random_model("llama", vocab_size=len(tiny_tokenizer()))  # llama.cpp wants a token for each row
     base = write_gguf(tmp_path / "base.gguf", model, "llama", kind)
     model, _ = luthier.load(str(base))
@@ -74,3 +73,20 @@ def test_an_adapter_on_blocks_as_they_are(tmp_path: Path, kind: Kind, spec: dict
     assert theirs.difference.logits_error < (1e-3 if kind == Kind.F16 else 5e-2)
     assert theirs.difference.token_agreement > 0.9
     assert theirs.equal_tokens == 1.0
+
+
+def test_an_adapter_trained_on_nf4_of_a_file_is_judged_on_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama.cpp opens the file, whose weights are others than those trained on: that is no fault of the adapter's file."""
+    monkeypatch.setattr("luthier.export.by_llama_cpp.LEAST_EQUAL_ROWS", 0.0)
+    model = random_model("llama", vocab_size=len(tiny_tokenizer()))
+    base = write_gguf(tmp_path / "base.gguf", model, "llama", Kind.F16)
+    model, _ = luthier.load(str(base), base="nf4")
+    attach(model, AdapterSpec(rank=4), seed=1)
+    with torch.no_grad():
+        randomize([parameter for _, parameter in trainable_parameters(model)])
+    save_adapter(model, tmp_path / "adapter", base_name=str(base))
+    report = export(str(tmp_path / "adapter"), to="gguf-adapter", out=tmp_path / "out", data=row_file(tmp_path), verify=True)
+    ours, theirs = report.verification
+    assert ours.difference.largest_logits_error <= 1e-4
+    assert theirs.difference.logits_error < 1e-2
+    assert any("trained on the base in NF4" in note for note in report.notes)

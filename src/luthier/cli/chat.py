@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -94,6 +95,8 @@ def _converse(conversation: Conversation) -> None:
     if not conversation.remembers:
         typer.echo("note: this model has no chat template: each message is answered by itself.", err=True)
     interactive = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are no text are refused as a message, not as a fault
+        sys.stdin.reconfigure(errors="surrogateescape")
     if interactive:
         typer.echo(HELP, err=True)
     while True:

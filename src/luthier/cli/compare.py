@@ -9,16 +9,19 @@ from typing import Any, Literal
 from luthier.adapters import disabled
 from luthier.config import Storage, make_config
 from luthier.data import Dataset, Renderer, RowCache, kept_examples, overlap
+from luthier.data.read import open_source
 from luthier.errors import ConfigError, DataError
 from luthier.evaluation import text_metrics
 from luthier.evaluation.compare import SetReport, check_same_rows, metrics_for, report_on
 from luthier.evaluation.constrain import check_files, read_schema
-from luthier.evaluation.evaluate import EvalResult, evaluate
+from luthier.evaluation.evaluate import evaluate
 from luthier.evaluation.labels import labels_of_file, read_labels
 from luthier.evaluation.measures import WRITTEN
+from luthier.evaluation.preflight import check_set
+from luthier.evaluation.result import EvalResult
 from luthier.evaluation.sets import EvalSet, NamedFile, load_set, parse_files
 from luthier.progress import Progress
-from luthier.training.load_run import Target, load_base, load_target
+from luthier.training.load_run import Target, find_target, load_base, load_target
 from luthier.training.rundir import read_config
 
 MAX_LENGTH = 1024
@@ -62,6 +65,10 @@ def compare(request: Request, progress: Progress) -> Comparison:
     if request.labels is not None:
         read_labels(request.labels)
     check_files(json_schema=request.json_schema)
+    for file in files:
+        open_source(file.path, offline=request.offline)
+    if request.vs is not None:
+        find_target(request.vs, offline=request.offline, progress=progress)
     loaded = load_target(
         request.target, adapter=request.adapter, base=request.storage, offline=request.offline, progress=progress
     )
@@ -73,6 +80,8 @@ def compare(request: Request, progress: Progress) -> Comparison:
     asked = metrics_for(sets, request.metrics)
     _add_labels(sets, asked, view.renderer(loaded.tokenizer), request)
     _add_schema(sets, asked, request)
+    for one, metrics in zip(sets, asked, strict=True):
+        check_set(loaded.model, one, metrics, request.rows)
     tuned = _measure("model", loaded, view, sets, asked, request, progress)
     notes += _overlaps(loaded, sets, request)
     paths = {one.name: one.path for one in files}

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
 
 import typer
 
 from luthier.cli import flags
-from luthier.errors import ConfigError, nearest
+from luthier.errors import ConfigError, PreflightError, nearest
 from luthier.evaluation.measures import METRICS, check_metrics
 from luthier.units import visible
 
 if TYPE_CHECKING:
+    from luthier.cli.compare import Comparison
     from luthier.config import Storage
 
 MAX_LENGTH = 1024
@@ -143,12 +145,6 @@ def evaluate(
     with progress_display() as progress:
         found = compare(request, progress)
     show_notes([*found.notes, *(note for report in found.reports if as_json for note in report.notes)])
-    if html is not None:
-        from luthier.disk import write_atomically
-        from luthier.evaluation.page import render_evaluation
-
-        page = render_evaluation(found.reports, name=target, base_name=vs or "base", paths=found.paths)
-        write_atomically(html, page)
     if as_json:
         keys = {"base_key": "vs", "tuned_key": "metrics"} if vs is not None else {}
         typer.echo(json.dumps(as_content(found.reports, **keys)))
@@ -156,9 +152,26 @@ def evaluate(
         from luthier.cli.eval_tables import print_reports
 
         print_reports(found.reports, base_name="base" if vs is None else vs)
-        if html is not None:
+    if html is not None:
+        _write_page(html, found, name=target, base_name=vs or "base")
+        if not as_json:
             typer.echo(f"page: {visible(str(html))}")
     raise_broken(found.reports)
+
+
+def _write_page(html: Path, found: Comparison, *, name: str, base_name: str) -> None:
+    """After the figures were printed, so that a disk that refuses the page does not take them along."""
+    from luthier.disk import write_atomically
+    from luthier.evaluation.page import render_evaluation
+
+    page = render_evaluation(found.reports, name=name, base_name=base_name, paths=found.paths)
+    try:
+        write_atomically(html, page)
+    except OSError as error:
+        raise PreflightError(
+            f"the page must be written to --html; {html}: {error.strerror or error}. The figures above are whole; choose "
+            "another file."
+        ) from error
 
 
 def _check_flags(data: list[str] | None, guard: list[str] | None, vs_base: bool, vs: str | None, html: Path | None) -> None:
@@ -167,8 +180,20 @@ def _check_flags(data: list[str] | None, guard: list[str] | None, vs_base: bool,
         raise ConfigError("an evaluation needs rows; give --data FILE, or --guard FILE.")
     if vs_base and vs is not None:
         raise ConfigError("one comparison at a time; got --vs-base and --vs. Leave one out.")
-    if html is not None and (html.is_dir() or not html.parent.is_dir()):
+    if html is not None:
+        _check_page(html)
+
+
+def _check_page(html: Path) -> None:
+    """Raise ConfigError where a page cannot be written, or would take the place of something that is no file."""
+    try:
+        exists, is_file, in_folder = html.exists(), html.is_file(), html.parent.is_dir()
+    except OSError as error:  # a name that is too long for the file system
+        raise ConfigError(f"--html needs a file that can be written; {html}: {error.strerror}.") from error
+    if not in_folder or (exists and not is_file):
         raise ConfigError(f"--html needs a file in a folder that exists; got {html}. Make its folder first.")
+    if not os.access(html.parent, os.W_OK):
+        raise ConfigError(f"--html needs a folder that can be written to; {html.parent} is not. Choose another.")
 
 
 def show_notes(notes: list[str]) -> None:

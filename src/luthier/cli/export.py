@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from luthier.cli import flags
+from luthier.cli.evaluate import show_notes
+from luthier.units import visible
 
 if TYPE_CHECKING:
-    from luthier.export.export import ExportReport
+    from luthier.export.report import ExportReport
 
 DEFAULT_ROWS = 32
 
@@ -82,8 +84,7 @@ def export(
             target, to=to, out=out, dtype=dtype, base=base, base_model=model, data=data, rows=rows, verify=verify,
             offline=offline, progress=progress,
         )  # fmt: skip
-    for note in report.notes:
-        typer.echo(f"note: {note}", err=True)
+    show_notes(report.notes)
     if as_json:
         typer.echo(json.dumps(report.to_json()))
         return
@@ -103,4 +104,4 @@ def _print(report: ExportReport) -> None:
         if one.equal_answers is not None:
             line += f", equal answers {percent_text(one.equal_answers)}"
         typer.echo(line)
-    typer.echo(f"{report.to}, {size_text(report.size_bytes)}: {report.out}")
+    typer.echo(f"{report.to}, {size_text(report.size_bytes)}: {visible(report.out)}")

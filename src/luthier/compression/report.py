@@ -13,8 +13,8 @@ from luthier.compression.planning import Plan
 from luthier.compression.specs import Spec
 from luthier.compression.tasks import task_differences, task_intervals
 from luthier.evaluation.bootstrap import Interval
-from luthier.evaluation.evaluate import EvalResult
 from luthier.evaluation.measures import LOWER_IS_BETTER, TITLES, amount_text, amounts_text, figure_text
+from luthier.evaluation.result import EvalResult
 from luthier.units import number_text, percent_text, size_text
 
 ORIGINAL, PLAIN = "original", "plain nf4"

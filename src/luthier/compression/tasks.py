@@ -15,8 +15,9 @@ from luthier.data import Dataset, Example, Renderer
 from luthier.errors import DataError
 from luthier.evaluation.bootstrap import Interval, resample
 from luthier.evaluation.choice import Choice
-from luthier.evaluation.evaluate import EvalResult, evaluate
+from luthier.evaluation.evaluate import evaluate
 from luthier.evaluation.labels import labels_of_rows
+from luthier.evaluation.result import EvalResult
 from luthier.evaluation.scores import answer_tokens
 from luthier.evaluation.sets import Extras
 from luthier.progress import Progress

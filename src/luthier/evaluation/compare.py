@@ -9,11 +9,15 @@ from typing import Any
 from luthier.data import Example
 from luthier.errors import ConfigError, DataError, GuardError
 from luthier.evaluation.bootstrap import Interval, Resampled, resample
-from luthier.evaluation.evaluate import EvalResult
 from luthier.evaluation.guard import Verdict, judge
 from luthier.evaluation.labels import confusion
 from luthier.evaluation.measures import LOWER_IS_BETTER, SHARES, WRITTEN, asked_by
+from luthier.evaluation.result import EvalResult
 from luthier.evaluation.sets import EvalSet
+from luthier.units import percent_text
+
+# With n rows that agree, the other outcome may still have a rate of 3 / n: with so few rows that is any rate.
+LEAST_FOR_A_RATE = 3
 
 
 @dataclass(frozen=True)
@@ -179,7 +183,9 @@ def _all_alike(result: EvalResult) -> list[str]:
     if not ends:
         return []
     rows = min(len(figure.terms) for figure in ends)
+    if rows <= LEAST_FOR_A_RATE:
+        return ["the rows are too few to say anything of a share on which all agree"]
     return [
         f"where all {rows} rows agree, resampling them shows no spread; the rate of the other outcome may still be up to "
-        f"{100 * min(1.0, 3 / rows):.2g} % (rule of three)"
+        f"{percent_text(3 / rows)} (rule of three)"
     ]

@@ -52,7 +52,7 @@ def match_json(expected: Sequence[str], got: Sequence[str], where: Sequence[str]
     matches nothing.
     Raises DataError naming the rows whose expected answer is not JSON.
     """
-    _check_expected(expected, where)
+    check_expected(expected, where)
     total: dict[str, list[int]] = {}
     terms, matches, valid = [], [], []
     for text, answer in zip(expected, got, strict=True):
@@ -125,7 +125,8 @@ def _same(first: Any, second: Any) -> bool:
     return isinstance(first, bool) == isinstance(second, bool) and first == second
 
 
-def _check_expected(expected: Sequence[str], where: Sequence[str]) -> None:
+def check_expected(expected: Sequence[str], where: Sequence[str]) -> None:
+    """Raise DataError naming the rows whose expected answer is not JSON."""
     problems = []
     for text, place in zip(expected, where, strict=True):
         try:

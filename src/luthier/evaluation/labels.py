@@ -92,7 +92,7 @@ def choose_labels(
     labels that the model can choose from, this is what decoding constrained to them finds.
     Raises DataError naming the rows that expect no label of these, or whose own tokens for it differ.
     """
-    _check_rows(examples, labels)
+    check_labels(examples, labels)
     where = [example.where for example in examples]
     prompts = [example.prompt_ids for example in examples]
     scores = score_answers(
@@ -127,7 +127,8 @@ def _parse(text: str, path: str) -> list[str]:
     return [item.strip() for item in content]
 
 
-def _check_rows(examples: Sequence[Example], labels: Labels) -> None:
+def check_labels(examples: Sequence[Example], labels: Labels) -> None:
+    """Raise DataError naming the rows that expect no label of these, or whose own tokens for it differ."""
     endings = dict(zip(labels.names, labels.endings, strict=True))
     unknown, different = [], []
     for example in examples:

@@ -11,9 +11,9 @@ import numpy as np
 
 from luthier.evaluation.bootstrap import Interval
 from luthier.evaluation.compare import SetReport
-from luthier.evaluation.evaluate import Judged
 from luthier.evaluation.labels import confusion
 from luthier.evaluation.measures import TITLES, amount_text, amounts_text, figure_text, interval_text
+from luthier.evaluation.result import Judged
 from luthier.pages.page import Tile, render_page
 from luthier.units import count_text, number_text, percent_text
 

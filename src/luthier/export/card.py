@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ RECIPE_KEYS = (
     "batch_size", "max_length", "optimizer", "seed",
 )  # fmt: skip
 LIBRARIES = {"peft": "peft", "merged": "transformers", "gguf": "gguf", "gguf-adapter": "gguf", "mlx": "mlx"}
+_PLAIN_YAML = re.compile(r"[A-Za-z][\w./+-]*")
 _LICENSE = re.compile(r"^license:\s*['\"]?([\w.+-]+)", re.MULTILINE)
 
 
@@ -34,7 +37,7 @@ def license_of(subject: Subject) -> str | None:
         stated = read_gguf(path).metadata.get("general.license")
     else:
         stated = _license_in(path / CARD)
-    return stated if isinstance(stated, str) and stated else KNOWN_LICENSES.get(subject.base_name)
+    return shortened(stated, 80) if isinstance(stated, str) and stated else KNOWN_LICENSES.get(subject.base_name)
 
 
 def write_card(
@@ -52,19 +55,13 @@ def write_card(
     run = read_run_files(subject.run_dir) if subject.run_dir is not None else None
     sections = [
         _front_matter(subject, to, license_name),
-        f"# {shortened(subject.name, 80)}\n",
+        f"# {escape(shortened(subject.name, 80), quote=False)}\n",
         _summary(subject, to, license_name),
     ]
     if run is not None:
         sections += [_data(run), _recipe(run), _evaluation(run)]
     sections += [_merging(measured, recommendation), how_to_run(subject, to, files), _notes(notes)]
     (stage / CARD).write_text("\n".join(section for section in sections if section), encoding="utf-8")
-
-
-def _public_name(subject: Subject) -> str:
-    """The base's name on the hub, or of a local model the last part of its path: where it stands is nobody's affair."""
-    path = Path(subject.base_name).expanduser()
-    return _plain(path.name if path.exists() else subject.base_name)
 
 
 def _license_in(card: Path) -> str | None:
@@ -80,8 +77,8 @@ def _license_in(card: Path) -> str | None:
 
 
 def _front_matter(subject: Subject, to: str, license_name: str | None) -> str:
-    lines = ["---", f"base_model: {_public_name(subject)}", f"library_name: {LIBRARIES[to]}"]
-    lines += [f"license: {license_name}"] if license_name else []
+    lines = ["---", f"base_model: {_yaml(shortened(subject.public_base_name, 200))}", f"library_name: {LIBRARIES[to]}"]
+    lines += [f"license: {_yaml(license_name)}"] if license_name else []
     return "\n".join([*lines, "pipeline_tag: text-generation", "tags:", "- luthier", "---", ""])
 
 
@@ -94,7 +91,7 @@ def _summary(subject: Subject, to: str, license_name: str | None) -> str:
         "gguf-adapter": "An adapter as a GGUF file",
     }[to]
     terms = f"The base's license is {license_name}." if license_name else "The base's license is not known; look it up."
-    return f"{what}, made with luthier {luthier.__version__} from `{_public_name(subject)}`. {terms}\n"
+    return f"{what}, made with luthier {luthier.__version__} from `{_plain(subject.public_base_name)}`. {terms}\n"
 
 
 def _data(run: RunFiles) -> str:
@@ -155,7 +152,7 @@ def _merging(measured: Sequence[Measured], recommendation: str | None) -> str:
 
 def how_to_run(subject: Subject, to: str, files: Sequence[str]) -> str:
     """How to use this form, and what to do for the programs that want another."""
-    base, gguf = _public_name(subject), next((file for file in files if file.endswith(".gguf")), "")
+    base, gguf = _plain(subject.public_base_name), next((file for file in files if file.endswith(".gguf")), "")
     python = {
         "merged": "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("FOLDER")\ntokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```\n',
@@ -182,6 +179,11 @@ def _notes(notes: Sequence[str]) -> str:
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _yaml(text: str) -> str:
+    """A scalar of YAML; what is more than a plain word or path stands in quotes, with JSON's escapes."""
+    return text if _PLAIN_YAML.fullmatch(text) else json.dumps(text, ensure_ascii=False)
 
 
 def _plain(value: Any, most: int = 200) -> str:

@@ -156,12 +156,24 @@ def plain_kind(kind: str) -> str:
     return kind if kind in forms.DENSE else BESIDE_NF4 if kind == "nf4" else "f32"
 
 
-def recommend(measured: list[Measured], kinds: Collection[str], default_base: str) -> tuple[Measured, str]:
-    """Of the choices stored in one of `kinds` the one to take, and a sentence that says why.
+def recommend(all_measured: list[Measured], kinds: Collection[str], default_base: str) -> tuple[Measured, str]:
+    """Of the choices stored in one of `kinds` the one to take, and why, in words.
 
-    It is the dense one whose logits differ least, unless smaller ones are as good; then it is the smallest of these.
+    It is the dense one whose logits differ least, unless smaller ones are as good; then it is the smallest of these. What
+    is smaller and as good in a kind that only another form holds is named after it.
     """
-    measured = [one for one in measured if one.choice.kind in kinds]
+    chosen, reason = _recommended([one for one in all_measured if one.choice.kind in kinds], default_base)
+    elsewhere = [one for one in all_measured if one.choice.kind not in kinds and one.is_as_good]
+    smallest = min(elsewhere, key=lambda one: one.size_bytes, default=chosen)
+    if smallest.size_bytes >= chosen.size_bytes:
+        return chosen, reason
+    form = "merged" if smallest.choice.kind in forms.MERGED_KINDS else "gguf"
+    found = f"As good in {size_text(smallest.size_bytes)}: --to {form} --dtype {smallest.choice.kind}"
+    base = f" --base {smallest.choice.base}" if smallest.choice.base != default_base else ""
+    return chosen, f"{reason} {found}{base}."
+
+
+def _recommended(measured: list[Measured], default_base: str) -> tuple[Measured, str]:
     dense = [one for one in measured if one.choice.kind in forms.DENSE]
     best = min(dense, key=lambda one: (one.difference.logits_error, one.choice.base != default_base))
     small = [one for one in measured if one.is_as_good and one.size_bytes < best.size_bytes]
@@ -169,7 +181,9 @@ def recommend(measured: list[Measured], kinds: Collection[str], default_base: st
         chosen = min(small, key=lambda one: (one.size_bytes, one.difference.logits_error))
         reason = f"it takes {size_text(chosen.size_bytes)} instead of {size_text(best.size_bytes)} and {_says(chosen)}"
         return chosen, f"Recommended: {chosen.choice.label}: {reason}."
-    why = "no smaller form is as good" if best.is_as_good else "the others are worse; to lose nothing, keep the adapter apart"
+    why = "no smaller type of this form is as good"
+    if not best.is_as_good:
+        why = "the others are worse; to lose nothing, keep the adapter apart"
     return best, f"Recommended: {best.choice.label}: {_says(best)}; {why}."
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from luthier.errors import ConfigError
+from luthier.errors import ConfigError, ModelError, one_line
 from luthier.export import forms
 from luthier.export.merge import Merge, Part
 from luthier.linear import LowRankLinear
@@ -63,15 +63,27 @@ def write_merged(
 
     kind: f32, bf16, f16, or nf4, which Transformers opens with bitsandbytes. Where the merge has untied head and
     embedding, both are written and config.json says tie_word_embeddings false.
-    Raises NumericError naming a tensor that `kind` cannot hold, and what `check_kind` raises.
+    Raises NumericError naming a tensor that `kind` cannot hold, ModelError for settings of the base that Transformers refuses
+    to write, and what `check_kind` raises.
     """
     check_kind(merge, kind)
     total = _write_weights(stage, merge, kind, progress)
     _write_config(stage, merge, kind)
-    if merge.model.can_generate():
-        merge.model.generation_config.save_pretrained(stage)
-    tokenizer.save_pretrained(stage)
+    _write_settings(stage, merge, tokenizer)
     return total
+
+
+def _write_settings(stage: Path, merge: Merge, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Generation settings and tokenizer, each as Transformers saves it."""
+    try:
+        if merge.model.can_generate():
+            merge.model.generation_config.save_pretrained(stage)
+        tokenizer.save_pretrained(stage)
+    except ValueError as error:
+        raise ModelError(
+            f"the base's generation settings and tokenizer must be fit to be saved; Transformers says: {one_line(error)}. Mend "
+            "them in the base's folder."
+        ) from error
 
 
 def _write_weights(stage: Path, merge: Merge, kind: str, progress: Progress | None) -> int:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
+from luthier.adapters.base_record import BASE_FILE, write_base_record
 from luthier.adapters.peft_config import CONFIG_FILE
 from luthier.adapters.peft_format import WEIGHTS_FILE
 from luthier.adapters.registry import PREFIX, pick, term_of
+from luthier.adapters.state import check_finite_tensors
 from luthier.adapters.targets import low_rank_layers, tied_to
 from luthier.errors import AdapterError, bulleted
 from luthier.linear import LowRankEmbedding, LowRankTerm
@@ -45,7 +48,7 @@ def mlx_base_name(folder: Path) -> str | None:
 
 
 def write_mlx(stage: Path, model: PreTrainedModel, base_name: str) -> list[str]:
-    """Write the model's one adapter into the folder `stage`; returns notes.
+    """Write the model's one adapter into the folder `stage`, and a record of its base, which mlx-lm passes over; returns notes.
 
     mlx-lm has one scale and one rank a file: the largest rank is written, smaller ones are filled up with zeros, and what
     a layer's own scale differs by is folded into its b. Raises AdapterError naming what cannot be expressed.
@@ -59,11 +62,7 @@ def write_mlx(stage: Path, model: PreTrainedModel, base_name: str) -> list[str]:
     rank = max(term.rank for term in terms.values())
     tensors: dict[str, Tensor] = {}
     for target, term in terms.items():
-        missing = rank - term.rank
-        tensors[f"{target}.lora_a"] = pad(term.lora_A.detach().T, (0, missing)).contiguous()
-        tensors[f"{target}.lora_b"] = pad(term.lora_B.detach().T * (term.scaling / scale), (0, 0, 0, missing)).contiguous()
-        if term.magnitude is not None:
-            tensors[f"{target}.m"] = term.magnitude.detach().contiguous()
+        tensors |= _mlx_tensors(target, term, rank, scale)
     keys = sorted({match[2] if (match := _LAYER.fullmatch(target)) else target for target in terms})
     settings = {
         "model": base_name,
@@ -73,51 +72,88 @@ def write_mlx(stage: Path, model: PreTrainedModel, base_name: str) -> list[str]:
     }
     (stage / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     save_file(tensors, stage / MLX_WEIGHTS, metadata={"format": "mlx"})
+    write_base_record(model, stage, base_name)
     folded = sum(term.scaling != scale or term.rank != rank for term in terms.values())
     return [f"mlx-lm has one rank and scale a file: {folded} layers were filled up or scaled to these."] if folded else []
+
+
+def _mlx_tensors(target: str, term: LowRankTerm, rank: int, scale: float) -> dict[str, Tensor]:
+    """A term with zeros up to `rank`, its scaling in `scale` and what it differs by in lora_b."""
+    missing = rank - term.rank
+    tensors = {
+        f"{target}.lora_a": pad(term.lora_A.detach().T, (0, missing)).contiguous(),
+        f"{target}.lora_b": pad(term.lora_B.detach().T * (term.scaling / scale), (0, 0, 0, missing)).contiguous(),
+    }
+    if term.magnitude is not None:
+        tensors[f"{target}.m"] = term.magnitude.detach().contiguous()
+    return tensors
 
 
 def to_peft_folder(folder: Path, model: PreTrainedModel, target: Path) -> Path:
     """Write the mlx-lm adapter in `folder` in PEFT's layout to the new folder `target`, which is returned.
 
-    alpha = scale r, r the rank of each layer's tensors. Raises AdapterError for settings or tensors that are missing, of
-    another kind of tuning, or of layers that `model` has not.
+    alpha = scale r, r the rank of each layer's tensors. A record of the base goes along where there is one.
+    Raises AdapterError for settings or tensors that are missing, of another kind of tuning, or of layers that `model` has
+    not, NumericError for NaN or Inf.
     """
     settings = _settings(folder)
     scale, dropout, dora = _parameters(folder, settings)
     tensors = _tensors(folder / MLX_WEIGHTS)
     layers = low_rank_layers(model)
     names = [name.removesuffix(".lora_a") for name in tensors if name.endswith(".lora_a")]
-    expected = {f"{name}{end}" for name in names for end in (".lora_a", ".lora_b", *((".m",) if dora else ()))}
-    problems = [f"{name} is not a layer of the model" for name in names if name not in layers]
-    problems += [f"{name} is missing" for name in sorted(expected - tensors.keys())]
-    problems += [f"{name} has no place in an adapter" for name in sorted(tensors.keys() - expected)]
-    if problems or not names:
-        listed = bulleted(problems or ["lora_a tensors are missing"])
+    check_finite_tensors(tensors, str(folder / MLX_WEIGHTS))
+    problems = _misfits(names, tensors, set(layers), dora)
+    if problems:
         raise AdapterError(
-            f"{folder / MLX_WEIGHTS} must hold pairs for layers of the base:\n{listed}\nGive its base with --model."
+            f"{folder / MLX_WEIGHTS} must hold pairs for layers of the base:\n{bulleted(problems)}\nGive its base with --model."
         )
-    ranks = {name: tensors[f"{name}.lora_a"].shape[-1] for name in names}
+    ranks = {name: tensors[f"{name}.lora_a"].shape[1] for name in names}
     state: dict[str, Tensor] = {}
     for name in names:
         state |= _peft_tensors(name, tensors, isinstance(layers[name], LowRankEmbedding))
+    content = _peft_settings(settings.get("model"), ranks, scale, dropout, dora)
+    target.mkdir(parents=True)
+    (target / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    save_file(state, target / WEIGHTS_FILE, metadata={"format": "pt"})
+    if (folder / BASE_FILE).is_file():
+        shutil.copyfile(folder / BASE_FILE, target / BASE_FILE)
+    return target
+
+
+def _misfits(names: list[str], tensors: Mapping[str, Tensor], layers: Collection[str], dora: bool) -> list[str]:
+    """What is wrong with the tensors of an mlx-lm adapter, names those of its layers."""
+    if not names:
+        return ["lora_a tensors are missing"]
+    ends = (".lora_a", ".lora_b", *((".m",) if dora else ()))
+    expected = {f"{name}{end}" for name in names for end in ends}
+    problems = [f"{name} is not a layer of the model" for name in names if name not in layers]
+    problems += [f"{name} is missing" for name in sorted(expected - tensors.keys())]
+    problems += [f"{name} has no place in an adapter" for name in sorted(tensors.keys() - expected)]
+    for name in sorted(expected & tensors.keys()):
+        dimensions = 1 if name.endswith(".m") else 2
+        if tensors[name].dim() != dimensions:
+            problems.append(f"{name} has shape {tuple(tensors[name].shape)}, where {dimensions} dimensions are expected")
+        if not tensors[name].is_floating_point():
+            problems.append(f"{name} is {str(tensors[name].dtype).removeprefix('torch.')}")
+    return problems
+
+
+def _peft_settings(base_name: Any, ranks: Mapping[str, int], scale: float, dropout: float, dora: bool) -> dict[str, Any]:
+    """adapter_config.json as PEFT has it. ranks: by layer; alpha = scale r for each."""
     rank = max(ranks.values())
-    content = {
+    others = {re.escape(name): own for name, own in ranks.items() if own != rank}
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": settings.get("model"),
+        "base_model_name_or_path": base_name,
         "r": rank,
         "lora_alpha": scale * rank,
         "lora_dropout": dropout,
         "use_dora": dora,
-        "target_modules": names,
-        "rank_pattern": {re.escape(name): own for name, own in ranks.items() if own != rank},
-        "alpha_pattern": {re.escape(name): scale * own for name, own in ranks.items() if own != rank},
+        "target_modules": list(ranks),
+        "rank_pattern": others,
+        "alpha_pattern": {name: scale * own for name, own in others.items()},
     }
-    target.mkdir(parents=True)
-    (target / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    save_file(state, target / WEIGHTS_FILE, metadata={"format": "pt"})
-    return target
 
 
 def _peft_tensors(name: str, tensors: Mapping[str, Tensor], embedding: bool) -> dict[str, Tensor]:
@@ -152,6 +188,11 @@ def _parameters(folder: Path, settings: Mapping[str, Any]) -> tuple[float, float
         if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
             raise AdapterError(f"lora_parameters.{label} must be a number; {folder / CONFIG_FILE} has {number!r}.")
     assert scale is not None
+    if scale <= 0 or not 0 <= dropout < 1:
+        raise AdapterError(
+            f"lora_parameters.scale must be above 0, dropout at least 0 and below 1; {folder / CONFIG_FILE} has {scale} and "
+            f"{dropout}."
+        )
     return float(scale), float(dropout), kind == "dora"
 
 

@@ -13,14 +13,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from luthier.adapters import load_adapter
 from luthier.adapters.base_record import BASE_FILE
 from luthier.adapters.peft_config import CONFIG_FILE
+from luthier.adapters.peft_format import WEIGHTS_FILE
 from luthier.adapters.targets import low_rank_layers
 from luthier.config import NF4Options, RunConfig, make_config
 from luthier.data import Example, Renderer, RowCache, load_examples
 from luthier.errors import AdapterError, ConfigError, DataError
 from luthier.export.forms import DENSE
-from luthier.export.mlx import is_mlx, mlx_base_name, to_peft_folder
+from luthier.export.mlx import MLX_WEIGHTS, is_mlx, mlx_base_name, to_peft_folder
 from luthier.matrices import NF4Matrix
 from luthier.models.load import Loaded, load, open_weights
+from luthier.models.skeleton import CONFIG_FILE as MODEL_CONFIG
 from luthier.models.skeleton import build_skeleton
 from luthier.models.smollm2 import ALIAS, HUB_NAME
 from luthier.models.source import ModelSource, resolve
@@ -56,6 +58,12 @@ class Subject:
         return self.config is not None and self.config.method == "full"
 
     @property
+    def is_as_stored(self) -> bool:
+        """Whether the matrices stand in memory as in the base's own file, neither quantised nor decoded."""
+        stored = self.config is None or self.config.storage in (None, "asis")
+        return stored and not any(_is_nf4(module) for module in self.model.modules())
+
+    @property
     def base_note(self) -> str | None:
         """What a program must load below the adapter to compute what was trained, where the base is not in plain weights."""
         matrices = [layer.matrix for layer in low_rank_layers(self.model).values()]
@@ -68,6 +76,11 @@ class Subject:
             )
         if not kinds:
             return None
+        if self.adapter is not None and self.run_dir is None and not (self.adapter / BASE_FILE).is_file():
+            return (
+                f"The base here is stored in blocks ({', '.join(sorted(kinds))}). What the adapter was trained on is not "
+                "recorded; on weights that differ from those it computes something else."
+            )
         return (
             f"The adapter was trained on the blocks of {self.source.path.name} ({', '.join(sorted(kinds))}); on weights of the "
             "base that differ from these it computes something else. Merged, or in llama.cpp on that file, it does not."
@@ -79,6 +92,12 @@ class Subject:
         base = self.config.model if self.config is not None else self.base
         return HUB_NAME if base == ALIAS else base
 
+    @property
+    def public_base_name(self) -> str:
+        """The base's name on the hub, or of a local model the last part of its path: where it stands is nobody's affair."""
+        path = Path(self.base_name).expanduser()
+        return path.name if path.exists() else self.base_name
+
 
 def open_subject(
     target: str, *, base_model: str | None = None, offline: bool = False, progress: Progress | None = None
@@ -89,10 +108,15 @@ def open_subject(
     finished, an adapter whose base is not known, or a base_model where there is no adapter folder; and what `load` and
     `load_adapter` raise.
     """
-    path = Path(target).expanduser()
-    if path.name == rundir.ADAPTER and (path.parent / rundir.CONFIG).is_file():
-        path = path.parent
-    is_run, is_adapter = (path / rundir.CONFIG).is_file(), (path / CONFIG_FILE).is_file()
+    try:
+        path = Path(target).expanduser()
+        if path.name == rundir.ADAPTER and (path.parent / rundir.CONFIG).is_file():
+            path = path.parent
+        is_run, is_adapter = (path / rundir.CONFIG).is_file(), (path / CONFIG_FILE).is_file()
+        if not is_run and not is_adapter:
+            _refuse_bare_weights(path)
+    except (OSError, RuntimeError):  # no path, then: `load` says what is wrong with the name
+        path, is_run, is_adapter = Path(), False, False
     if base_model is not None and (is_run or not is_adapter):
         what = "a run knows its base" if is_run else "a model is its own base"
         raise ConfigError(f"--model names the base of an adapter folder; {target} is none: {what}. Leave --model out.")
@@ -102,6 +126,15 @@ def open_subject(
         return _open_adapter(path, base_model, offline, progress)
     loaded = load(target, offline=offline, progress=progress)
     return Subject(loaded.model, loaded.tokenizer, loaded.source, _stem(target), target, offline=offline, notes=loaded.notes)
+
+
+def _refuse_bare_weights(path: Path) -> None:
+    """Raise AdapterError for the weights of an adapter without their settings, which would be taken for a broken model."""
+    weights = next((name for name in (WEIGHTS_FILE, MLX_WEIGHTS) if (path / name).is_file()), None)
+    if weights is not None and not (path / MODEL_CONFIG).is_file():
+        raise AdapterError(
+            f"an adapter is a folder with {CONFIG_FILE} beside its weights; {path} has {weights} alone. Copy it whole."
+        )
 
 
 def _open_run(path: Path, offline: bool, progress: Progress | None) -> Subject:
@@ -164,7 +197,9 @@ def _peft_base_name(path: Path) -> str | None:
         content = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path / CONFIG_FILE} must be readable JSON; {error}. Copy the adapter again.") from error
-    name = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+    if not isinstance(content, dict):
+        raise AdapterError(f"{path / CONFIG_FILE} must hold one JSON object. Copy the adapter again.")
+    name = content.get("base_model_name_or_path")
     return name if isinstance(name, str) and name else None
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from luthier.config import RunConfig
 from luthier.data import Dataset, Renderer
-from luthier.evaluation.evaluate import Answer, evaluate
+from luthier.evaluation.answers import Answer
+from luthier.evaluation.evaluate import evaluate
 from luthier.training.events import Listener, Record
 from luthier.training.interrupts import Interrupts
 from luthier.training.rundir import SAMPLES, RunDir

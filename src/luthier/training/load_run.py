@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from luthier.adapters import load_adapter
+from luthier.adapters.peft_config import CONFIG_FILE
 from luthier.config import NF4Options, RunConfig, Storage, make_config
 from luthier.errors import ConfigError
 from luthier.models.load import load
+from luthier.models.skeleton import CONFIG_FILE as MODEL_CONFIG
+from luthier.models.source import resolve
 from luthier.progress import Progress
 from luthier.training import rundir
 
@@ -48,12 +51,39 @@ def load_target(
         model_name, own_adapter = _run_parts(run_dir, config)
         adapter, base, offline = adapter or own_adapter, base or config.storage, offline or config.offline
         nf4 = config.nf4_options
+    else:
+        _refuse_adapter(target)
     loaded = load(model_name, base=base, nf4=nf4, offline=offline, progress=progress)
     notes = list(loaded.notes)
     if adapter is not None:
         notes += load_adapter(loaded.model, adapter).notes
     loaded.model.eval()
     return Target(loaded.model, loaded.tokenizer, adapter, run_dir, target, notes)
+
+
+def find_target(target: str, *, offline: bool = False, progress: Progress | None = None) -> None:
+    """Raise what `load_target` would of a name that leads nowhere, a run that is not finished and an adapter folder.
+
+    What is not on this machine yet is fetched; nothing is loaded.
+    """
+    run_dir = _run_dir(target)
+    if run_dir is not None:
+        config = make_config(rundir.read_config(run_dir))
+        target, offline = _run_parts(run_dir, config)[0], offline or config.offline
+    else:
+        _refuse_adapter(target)
+    resolve(target, offline=offline, progress=progress)
+
+
+def _refuse_adapter(target: str) -> None:
+    """Raise ConfigError for an adapter folder, which would be taken for a broken model."""
+    try:
+        path = Path(target).expanduser()
+        is_adapter = (path / CONFIG_FILE).is_file() and not (path / MODEL_CONFIG).is_file()
+    except (OSError, RuntimeError):  # no path, then: `load` says what is wrong with the name
+        return
+    if is_adapter:
+        raise ConfigError(f"an adapter needs its base below it; {target} is an adapter folder. Give MODEL --adapter {target}.")
 
 
 def _run_dir(target: str) -> Path | None:

@@ -1,0 +1,103 @@
+"""llama.cpp as the judge of a GGUF file: its logits, its greedy text and its tokens against our own reading of the same file.
+
+With float32 and float16 matrices both compute nearly the same. What llama.cpp multiplies with blocks it rounds to 8 bits, and
+beside bfloat16 to its 8: that moves losses by chance to either side, and turns a token wherever two are nearly tied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from luthier.adapters.targets import low_rank_layers
+from luthier.data import Example, Renderer
+from luthier.evaluation.bootstrap import Figure, Interval, ratio, resample
+from luthier.evaluation.generate import generate_batch
+from luthier.evaluation.pieces import text_of
+from luthier.evaluation.stops import end_tokens
+from luthier.export import llama_cpp
+from luthier.export.choices import LEAST_LOSS, LOSS_SHARE
+from luthier.export.compare import Difference, Reference, difference_to, reference_of
+from luthier.export.verification import Verification
+from luthier.units import percent_text
+
+LEAST_EQUAL_ROWS = 0.97
+ANSWER_TOKENS = 64
+# What rounding to 8 bits moves logits by: 0.02 to 0.05 of the largest on SmolLM2-135M. A file read wrongly is far beyond.
+ROUNDED_ERROR = 0.1
+# Beside matrices of these kinds llama.cpp keeps at least 11 bits of what it multiplies with them.
+PRECISE = frozenset({"f32", "f16"})
+
+
+def judged_by_llama_cpp(
+    path: Path, adapter: Path | None, ours: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
+) -> Verification:
+    """llama.cpp against our own reading of the same file.
+
+    Passed where the loss is within LOSS_SHARE and the greedy text the same on LEAST_EQUAL_ROWS of rows; for a file whose
+    matrices make llama.cpp round, where the loss's paired 95 % interval over rows reaches that bound, and the text is the
+    same or no logit differs by more than ROUNDED_ERROR of the largest.
+    """
+    reference = reference_of(ours, examples)
+    asked = [example for example in examples if example.prompt_ids]
+    longest = max(len(ids) for example in examples for ids in (example.ids, example.prompt_ids))
+    losses = torch.zeros(2, reference.rows, dtype=torch.float64)
+    judge = llama_cpp.LlamaCpp(path, longest + ANSWER_TOKENS + 1, adapter=adapter)
+    try:
+        theirs = (judge.pack_logits(pack) for pack in reference.packs)
+        difference = difference_to(reference, _adding_losses(reference, theirs, losses))
+        stops = end_tokens(ours, tokenizer, Renderer(tokenizer, max_length=64))
+        texts = [text_of(tokenizer, judge.answer(example.prompt_ids, ANSWER_TOKENS, stops)) for example in asked]
+        rows = [str(tokenizer.decode(example.ids)) for example in examples]
+        cut = [judge.tokens(row, special=True) == tokenizer(row, add_special_tokens=True).input_ids for row in rows]
+    finally:
+        judge.close()
+    answers = generate_batch(ours, tokenizer, [one.prompt_ids for one in asked], max_new_tokens=ANSWER_TOKENS)
+    equal = sum(a == b for a, b in zip(answers, texts, strict=True)) / len(asked) if asked else None
+    passed, bound = _passed(difference, equal, None if is_precise(ours) else _interval(reference, losses))
+    return Verification(judge.name, "our reading of the file", passed, bound, difference, equal, sum(cut) / len(cut))
+
+
+def is_precise(model: PreTrainedModel) -> bool:
+    """Whether llama.cpp rounds nothing of the model below 11 bits."""
+    return all(layer.matrix.kind in PRECISE for layer in low_rank_layers(model).values())
+
+
+def _adding_losses(reference: Reference, logits: Iterator[Tensor], losses: Tensor) -> Iterator[Tensor]:
+    """`logits` as they come; losses (2, rows) gets the sums of -log p of the reference and of these, row by row."""
+    for pack, rows, wanted, got in zip(reference.packs, reference.row_of, reference.logits, logits, strict=True):
+        for side, own in zip(losses, (wanted, got), strict=True):
+            side.index_add_(0, rows, F.cross_entropy(own, pack.targets, reduction="none").to(torch.float64))
+        yield got
+
+
+def _interval(reference: Reference, losses: Tensor) -> Interval:
+    """The paired 95 % interval, over rows, of the loss of the second side less that of the first."""
+    tokens = torch.bincount(torch.cat(reference.row_of), minlength=reference.rows).numpy()
+    sides = [
+        Figure(name, np.stack([side.numpy(), tokens], 1), ratio) for name, side in zip(("ours", "theirs"), losses, strict=True)
+    ]
+    found = resample(sides)
+    return found["theirs"].minus(found["ours"]).interval()
+
+
+def _passed(difference: Difference, equal: float | None, interval: Interval | None) -> tuple[bool, str]:
+    """Whether it did what is asked, and what that is. interval: of the loss apart, where chance has a part in it."""
+    within = LOSS_SHARE * max(difference.loss_reference, LEAST_LOSS)
+    apart = difference.loss - difference.loss_reference
+    same_text = equal is None or equal >= LEAST_EQUAL_ROWS
+    loss_bound = f"loss within {percent_text(LOSS_SHARE)} (of {LEAST_LOSS:g} where it is smaller)"
+    text_bound = f"the same greedy text on {percent_text(LEAST_EQUAL_ROWS)} of rows"
+    if interval is None:
+        return abs(apart) <= within and same_text, f"{loss_bound}, {text_bound}"
+    low, high = min(interval[0], apart), max(interval[1], apart)
+    reaches = low <= within and high >= -within
+    near = difference.largest_logits_error <= ROUNDED_ERROR
+    bound = f"{loss_bound} as far as these rows tell, {text_bound} or logits within {ROUNDED_ERROR:g} of the largest"
+    return reaches and (same_text or near), bound
