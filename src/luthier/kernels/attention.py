@@ -229,7 +229,7 @@ def _forward_native(q, k, v, starts, parents, rows, scale, softcap, window) -> t
     described = _description(q, k, v, starts, parents, rows, scale, softcap, window)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:2])
     call = native.entry("lt_attention_forward", *[c_void_p] * 6, c_int)
-    call(ctypes.byref(described), *(x.data_ptr() for x in (q, k, v, out, lse)), native.threads())
+    call(ctypes.addressof(described), *(x.data_ptr() for x in (q, k, v, out, lse)), native.threads())
     return out, lse
 
 
@@ -240,7 +240,7 @@ def _backward_native(dout, q, k, v, starts, parents, rows, out, lse, scale, soft
     native.check_tensor(lse, "lse", torch.float32, tuple(q.shape[:2]))
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     call = native.entry("lt_attention_backward", *[c_void_p] * 10, c_int)
-    call(ctypes.byref(described), *(x.data_ptr() for x in (dout, q, k, v, out, lse, dq, dk, dv)), native.threads())
+    call(ctypes.addressof(described), *(x.data_ptr() for x in (dout, q, k, v, out, lse, dq, dk, dv)), native.threads())
     return dq, dk, dv
 
 

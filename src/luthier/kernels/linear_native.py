@@ -118,7 +118,7 @@ def forward(x, stored, layout, numbers, bias, A, B) -> tuple[list[Tensor], list[
         parts[p] = part
     call = native.entry("lt_linear_forward", c_void_p, c_int64, c_void_p, c_int, c_int)
     if tokens > 0:
-        call(x.data_ptr(), tokens, parts, len(group), native.threads())
+        call(x.data_ptr(), tokens, ctypes.addressof(parts), len(group), native.threads())
     return outputs, inner
 
 
@@ -137,7 +137,7 @@ def backward_input(dys, stored, layout, numbers, A, B) -> tuple[Tensor, list[Ten
         parts[p] = part
     call = native.entry("lt_linear_backward_input", c_void_p, c_int64, c_void_p, c_int, c_int)
     if tokens > 0:
-        call(dx.data_ptr(), tokens, parts, len(group), native.threads())
+        call(dx.data_ptr(), tokens, ctypes.addressof(parts), len(group), native.threads())
     return dx, inner
 
 

@@ -10,7 +10,6 @@ import ctypes
 import functools
 import os
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 import luthier.kernels
 from luthier.errors import ConfigError, LuthierError, ShapeError, nearest
@@ -139,70 +137,12 @@ def entry(name: str, *argument_types: type) -> Callable[..., None]:
     function.argtypes = argument_types
     function.restype = ctypes.c_int
 
-    def run(*arguments) -> None:
+    def call(*arguments) -> None:
         status = function(*arguments)
         if status != STATUS_OK:
             raise _failure(name, status)
 
-    def call(*arguments) -> None:
-        if _waiting.calls is None:
-            run(*arguments)
-        else:
-            _waiting.calls.append((run, arguments))
-
     return call
-
-
-class _Waiting(threading.local):
-    """The kernels of this thread that wait, None where they run at once, and the tensors that they point into."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[Callable[..., None], tuple]] | None = None
-        self.kept: list[object] = []
-
-
-_waiting = _Waiting()
-
-
-@contextmanager
-def together() -> Iterator[None]:
-    """Kernels that are called within run one after the other at its end, or at `run_waiting`.
-
-    A kernel that goes through megabytes leaves nothing of the interpreter in the caches; what prepares several of them had
-    better be read again only once. Until they have run their results hold nothing: meanwhile only further kernels may read
-    or write them, neither torch nor Python. Where torch's profiler or a dispatch mode looks on they run at once.
-    """
-    if is_in_torch_dispatch_mode() or torch._C._autograd._profiler_enabled():
-        yield
-        return
-    run_waiting()
-    before = _waiting.calls
-    _waiting.calls, _waiting.kept = [], []
-    try:
-        yield
-        run_waiting()
-    finally:
-        _waiting.calls, _waiting.kept = before, []
-
-
-def run_waiting() -> None:
-    """Run the kernels that wait, so that their results may be used, and let go of the tensors that were held for them.
-
-    Call it before a `del` of a large tensor, too: otherwise its memory is not free for those that come next.
-    """
-    calls = _waiting.calls
-    if not calls:
-        return
-    for run, arguments in calls:
-        run(*arguments)
-    calls.clear()
-    _waiting.kept.clear()
-
-
-def keep(*objects: object) -> None:
-    """Hold what a waiting kernel reads or writes until it has run."""
-    if _waiting.calls is not None:
-        _waiting.kept.append(objects)
 
 
 def _failure(name: str, status: int) -> LuthierError | MemoryError:

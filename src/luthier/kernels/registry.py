@@ -47,9 +47,7 @@ def define_op(
             if not native.use_native():
                 return reference(*arguments)
             op.native_calls += 1
-            results = native_call(*arguments)
-            native.keep(arguments, results)
-            return results
+            return native_call(*arguments)
 
         _library.impl(name, on_cpu, "CPU")
     return getattr(torch.ops.luthier, name).default

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from luthier.kernels import native
 from luthier.kernels.attention import attention_backward_op, attention_op
 from luthier.kernels.elementwise_ops import rms_norm_backward_op, rms_norm_op, rotary_in_place_op
 from luthier.models.blocks.description import AttentionHalf, Norm
@@ -68,14 +67,12 @@ def _projections_of(half: AttentionHalf, rows: Tensor | None) -> tuple[Linears |
 
 class _FusedAttention(torch.autograd.Function):
     @staticmethod
-    @native.together()
     def forward(ctx: Any, x: Tensor, plan: _Plan, *small: Tensor | None) -> Tensor:
         half = plan.half
         first, second = small[: plan.projections.small_count], small[plan.projections.small_count :]
         wants_dx, wants_first, wants_second = _wants(ctx, plan)
         _, normed, _ = rms_norm_op(x, None, half.norm.weight, half.norm.plus, half.norm.eps)
         outputs, inner = plan.projections.forward(normed, first)
-        native.run_waiting()
         del normed
         q, k, v = kept = _heads(outputs, plan)
         del outputs
@@ -103,12 +100,10 @@ class _FusedAttention(torch.autograd.Function):
             *plan.output.kept_inner(inner_output, wants_second),
             *small,
         )
-        native.run_waiting()
         return y.add_(_at_rows(x, plan.rows))
 
     @staticmethod
     @once_differentiable
-    @native.together()
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         plan: _Plan = ctx.plan
         half, projections = plan.half, plan.projections
@@ -127,7 +122,6 @@ class _FusedAttention(torch.autograd.Function):
             return None, None, *[None] * len(first), *second_gradients
         assert dattended is not None
         dq, dk, dv = _attention_backward(plan, dattended.view_as(attended), q, k, v, attended, lse)
-        native.run_waiting()
         del dy, o_input, dattended, attended
         pieces = [piece.flatten(1) for piece in (dq, dk, dv)]
         if projections.count == 1:
@@ -146,7 +140,6 @@ def _heads(outputs: list[Tensor], plan: _Plan) -> tuple[Tensor, Tensor, Tensor]:
     """q (T, H, D), or (S, H, D) at the rows, k and v (T, K, D), each in memory of its own."""
     half = plan.half
     if len(outputs) == 1:
-        native.run_waiting()
         widths = [half.heads * half.head_size, half.kv_heads * half.head_size, half.kv_heads * half.head_size]
         q, k, v = outputs[0].split(widths, 1)
         outputs = [_at_rows(q, plan.rows).contiguous(), k.contiguous(), v.contiguous()]

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from luthier.kernels import native
 from luthier.kernels.elementwise_ops import gated_backward_op, gated_op, rms_norm_backward_op, rms_norm_op
 from luthier.models.blocks.description import MlpHalf, Norm
 from luthier.models.blocks.linears import FirstAtRows, Linears, linears_of
@@ -46,13 +45,11 @@ def _gate_and_up(outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 class _FusedMlp(torch.autograd.Function):
     @staticmethod
-    @native.together()
     def forward(ctx: Any, x: Tensor, plan: _Plan, *small: Tensor | None) -> Tensor:
         first, second = small[: plan.projections.small_count], small[plan.projections.small_count :]
         wants_dx, wants_first, wants_second = _wants(ctx, plan)
         _, normed, _ = rms_norm_op(x, None, plan.norm.weight, plan.norm.plus, plan.norm.eps)
         outputs, inner = plan.projections.forward(normed, first)
-        native.run_waiting()
         del normed
         (y,), inner_down = plan.down.forward(gated_op(*_gate_and_up(outputs), plan.gate), second)
         kept_y = inverse = None
@@ -70,12 +67,10 @@ class _FusedMlp(torch.autograd.Function):
             *plan.down.kept_inner(inner_down, wants_second),
             *small,
         )
-        native.run_waiting()
         return y.add_(x)
 
     @staticmethod
     @once_differentiable
-    @native.together()
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         plan: _Plan = ctx.plan
         x, kept_y, inverse, *rest = ctx.saved_tensors
@@ -92,10 +87,8 @@ class _FusedMlp(torch.autograd.Function):
         dact, second_gradients = plan.down.backward([dy], act, [inner_down], second, wants_second, below)
         if not below:
             return None, None, *[None] * len(first), *second_gradients
-        native.run_waiting()
         del act, dy
         pieces = list(gated_backward_op(dact, *_gate_and_up(outputs), plan.gate))
-        native.run_waiting()
         del dact, outputs
         pieces = pieces if ctx.outputs == 2 else [torch.cat(pieces, 1)]
         dx, first_gradients = norm_and_linears_backward(

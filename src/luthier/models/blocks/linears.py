@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from luthier import kernels
-from luthier.kernels import native
 from luthier.kernels.linear_ops import backward_input_op, column_sums, factor_product, flatten, forward_op, outer_op
 from luthier.linear import LowRankLinear, enabled_terms, joined
 from luthier.matrices import FactoredMatrix
@@ -90,7 +89,6 @@ class FirstAtRows:
     def forward(self, x: Tensor, small: Small) -> tuple[list[Tensor], list[Tensor]]:
         """(y, u) of each layer; (S, ...) of the first, (T, ...) of the others."""
         own, others = self._split(small)
-        native.run_waiting()
         y, u = self.first.forward(x[self.rows], own)
         rest_y, rest_u = self.rest.forward(x, others)
         return [*y, *rest_y], [*u, *rest_u]
@@ -101,12 +99,10 @@ class FirstAtRows:
         """As `Linears.backward`; the first of dys and of inner are (S, ...)."""
         own, others = self._split(small)
         wants_own, wants_others = self._split(wants)
-        native.run_waiting()
         x_own = x[self.rows] if x is not None and self.first.wants_input(wants_own) else None
         dx_own, gradients = self.first.backward(dys[:1], x_own, inner[:1], own, wants_own, wants_dx)
         dx, rest = self.rest.backward(dys[1:], x, inner[1:], others, wants_others, wants_dx)
         if dx is not None and dx_own is not None:
-            native.run_waiting()
             dx.index_add_(0, self.rows, dx_own)
         return dx, [*gradients, *rest]
 
@@ -131,7 +127,6 @@ def _gradients_of_A(
     chosen = [p for p, wanted in enumerate(wants) if wanted]
     if len(chosen) < 2 or len({scalings[p] for p in chosen}) > 1:
         return [outer_op(v[p], x, scalings[p], False) if wanted else None for p, wanted in enumerate(wants)]
-    native.run_waiting()
     together = outer_op(torch.cat([v[p] for p in chosen], 1), x, scalings[chosen[0]], False)
     gradients: list[Tensor | None] = [None] * len(wants)
     for p, gradient in zip(chosen, together.split([v[p].shape[1] for p in chosen]), strict=True):
