@@ -101,6 +101,22 @@ def test_later_groups_see_what_earlier_ones_were_made(folder: Path) -> None:
             layer.matrix = stored(layer.matrix.dequantize() * 0.5, "f32")
 
 
+def test_a_layer_is_run_no_further_than_to_what_is_looked_at(tiny_llama: Path) -> None:
+    model = load(str(tiny_llama)).model
+    groups = weighted_groups(model, packs())
+    done: list[str] = []
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: done.append(name.rpartition(".")[2]))
+        for name in groups[0].names + groups[3].names
+    ]
+    walk(model, packs(), groups[:4], lambda _found: None, changes=True)
+    for handle in handles:
+        handle.remove()
+    # Where layers are looked at they run as modules: q for the three groups behind it, down, which is last, for none.
+    assert [one.names[0].rpartition(".")[2] for one in groups[:4]] == ["q_proj", "o_proj", "gate_proj", "down_proj"]
+    assert (done.count("q_proj"), done.count("down_proj")) == (3 * len(packs()), 0)
+
+
 def test_what_is_expected_of_options_falls_with_bytes_and_sizes_are_those_of_the_file(folder: Path) -> None:
     model = load(str(folder), base="bf16").model
     groups = weighted_groups(model, packs())
