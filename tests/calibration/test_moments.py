@@ -9,12 +9,13 @@ from tiny import tiny_model, tiny_tokenizer, write_tiny
 import luthier
 from luthier.adapters import AdapterSpec, attach
 from luthier.adapters.targets import all_linear
-from luthier.calibration import collect_moments, moments_in_passes, row_packs, shared_inputs, text_packs
+from luthier.calibration import collect_moments, moments_in_passes, row_packs, rows, shared_inputs, text_packs
 from luthier.calibration.inputs import look_at_output_gradients
 from luthier.calibration.moments import MomentSum
 from luthier.data import Example
 from luthier.errors import ConfigError, DataError, NumericError, PreflightError
 from luthier.models.blocks import without_blocks
+from luthier.units import size_text
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 12
 FAMILIES = ("llama", "gemma3", "phi3", "gpt2", "gpt_neox")
@@ -140,7 +141,8 @@ def test_passes_keep_to_their_memory_and_give_the_same(tmp_path):
         assert sum(distinct.values()) <= 64**2 + 96**2
         for name, own in one.items():
             assert torch.equal(own.second, whole[name].second), name
-    with pytest.raises(PreflightError, match="must fit; they take"):
+    # The widest layer decides, not the first that is too wide.
+    with pytest.raises(PreflightError, match=rf"must fit; they take {size_text(8 * 96**2)}, allowed are 1\.00 kB"):
         list(moments_in_passes(model, packs, max_bytes=1000))
 
 
@@ -196,3 +198,20 @@ def test_a_text_is_cut_in_windows_that_predict_their_own_tokens():
     assert packs[0].targets.tolist() == ids[1:10] + ids[11:20]
     with pytest.raises(DataError, match="at least two tokens"):
         text_packs(tokenizer, "", windows=4, length=10)
+
+
+@pytest.mark.parametrize("characters", [1, 6])
+def test_of_a_long_text_its_beginning_alone_is_tokenised_and_gives_the_same_tokens(
+    monkeypatch: pytest.MonkeyPatch, characters: int
+) -> None:
+    """Where the first guess gives too few tokens, more is tried."""
+    tokenizer, text = tiny_tokenizer(), TEXT * 60
+    encode, asked = tokenizer.encode, []
+    monkeypatch.setattr(tokenizer, "encode", lambda part, **more: (asked.append(len(part)), encode(part, **more))[1])
+    monkeypatch.setattr(rows, "CHARACTERS_A_TOKEN", characters)
+    packs = text_packs(tokenizer, text, windows=4, length=10, max_tokens=20)
+    assert torch.cat([pack.ids for pack in packs]).tolist() == encode(text, add_special_tokens=False)[:40]
+    first = characters * (40 + rows.CUT_TOKENS)
+    assert asked == [first * 2**number for number in range(len(asked))]
+    assert asked[-1] < len(text) / 2
+    assert len(asked) > 1 or characters > 1

@@ -17,6 +17,7 @@ from luthier.compression.specs import Spec, part_bytes, spec_bytes, whole
 from luthier.compression.walk import Seen, walk, weighted_groups
 from luthier.data.packing import Pack
 from luthier.evaluation.loss import supervised_loss
+from luthier.linear import LowRankLinear
 from luthier.matrices import stored
 from luthier.models.blocks import without_blocks
 from luthier.models.load import load
@@ -99,6 +100,22 @@ def test_later_groups_see_what_earlier_ones_were_made(folder: Path) -> None:
         for name in group.names:
             layer = other.get_submodule(name)
             layer.matrix = stored(layer.matrix.dequantize() * 0.5, "f32")
+
+
+def test_a_layer_is_run_no_further_than_to_what_is_looked_at(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(str(tiny_llama)).model
+    groups = weighted_groups(model, packs())[:4]
+    names = {id(module): name for name, module in model.named_modules()}
+    run: list[str] = []
+    before: list[set[str]] = []
+    forward = LowRankLinear.forward
+    monkeypatch.setattr(LowRankLinear, "forward", lambda layer, *x: (run.append(names[id(layer)]), forward(layer, *x))[1])
+    walk(model, packs(), groups, lambda _found: (before.append(set(run)), run.clear())[1], changes=True)
+    down = "model.layers.0.mlp.down_proj"
+    assert groups[3].names == (down,)
+    assert groups[2].names[0] in before[3]  # what stands before what is looked at, as a module
+    for group, ran in zip(groups, before, strict=True):
+        assert not ran & {*group.names, down}
 
 
 def test_what_is_expected_of_options_falls_with_bytes_and_sizes_are_those_of_the_file(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from tiny import tiny_model, tiny_tokenizer
 
 from luthier.data import Dataset, Renderer
-from luthier.errors import ConfigError, DataError, NumericError
+from luthier.errors import ConfigError, DataError, NumericError, PreflightError
 from luthier.evaluation import evaluate as evaluate_module
 from luthier.evaluation import scores
 from luthier.evaluation.answers import Answer
@@ -20,6 +21,9 @@ from luthier.evaluation.evaluate import evaluate
 from luthier.evaluation.generate import generate_batch
 from luthier.evaluation.sets import Extras
 from luthier.evaluation.stops import end_tokens
+from luthier.matrices import NF4Matrix
+from luthier.models.load import load
+from luthier.training.prepare import RunData, check_rows_fit
 
 CHANNEL = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] }}"
@@ -163,6 +167,21 @@ def test_rows_beyond_the_model_are_named(tokenizer, metric) -> None:
     dataset.examples[0].ids[0] = 512
     with pytest.raises(DataError, match=r"these do not:\n  - row 0 has token 512\n"):
         evaluate(model, tokenizer, dataset, renderer, metrics=(metric,), max_new_tokens=2)
+
+
+def test_the_vocabulary_is_that_of_an_embedding_in_4_bits_too(tokenizer, tiny_llama: Path) -> None:
+    """The codes of its table are not its rows."""
+    renderer = Renderer(tokenizer, max_length=100)
+    dataset = dataset_of(renderer, [{"prompt": "q", "completion": "a"}])
+    model = load(str(tiny_llama)).model
+    embedding = model.get_input_embeddings()
+    embedding.matrix = NF4Matrix.quantize(embedding.matrix.dequantize())
+    evaluate(model, tokenizer, dataset, renderer, metrics=("loss",), max_new_tokens=2)
+    dataset.examples[0].ids[0] = 512
+    with pytest.raises(DataError, match=r"vocabulary of 512; these do not:\n  - row 0 has token 512\n"):
+        evaluate(model, tokenizer, dataset, renderer, metrics=("loss",), max_new_tokens=2)
+    with pytest.raises(PreflightError, match="below the model's vocabulary of 512; row 0 has 512"):
+        check_rows_fit(model, RunData(renderer, dataset, None))
 
 
 def test_what_cannot_be_measured(tokenizer, renderer) -> None:

@@ -29,6 +29,7 @@ class Recipe:
     kind: str = "f32"
     joined: bool = False  # q, k, v as one layer, gate and up too
     extras: bool = False  # biases, low-rank terms, norms of heads and behind each half, weights counted from one
+    rank: int = 3  # of the terms
     gate: int = 0
     softcap: float = 0.0
     windows: tuple[int, int] = (0, 0)
@@ -41,6 +42,7 @@ RECIPES = {
     "no head": Recipe(head=False),
     "joined": Recipe(joined=True),
     "extras": Recipe(extras=True, gate=1),
+    "ranks of more than one block": Recipe(extras=True, rank=40),
     "all": Recipe("q8_0", joined=True, extras=True, gate=1, softcap=2.0, windows=(7, 70), rotary_size=8),
     "window": Recipe(windows=(0, 9)),
     "softcap": Recipe("bf16", softcap=1.5),
@@ -66,7 +68,10 @@ class Numbers:
             storage = random_storage(kind, outputs, inputs, self.seed)
         if not self.recipe.extras:
             return Part(storage)
-        return Part(storage, self(outputs), Term(self(3, inputs) / inputs**0.5, self(outputs, 3), 0.5))
+        rank = self.recipe.rank
+        return Part(
+            storage, self(outputs), Term(self(rank, inputs) / inputs**0.5, self(outputs, rank), 0.5 * (3 / rank) ** 0.5)
+        )
 
     def norm(self, width: int) -> NormPart:
         return NormPart(1 + 0.1 * self(width), 1e-6) if not self.recipe.extras else NormPart(0.1 * self(width), 1e-5, 1.0)

@@ -101,15 +101,15 @@ def _fitting_passes(
 ) -> list[tuple[list[list[str]], str | None]]:
     """For each pass the groups, one after another, whose moments fit together, and the layer at which it may end."""
     layers = linear_layers(model, [group[0] for group in groups])
+    sizes = [DOUBLE_BYTES * layers[group[0]].in_features ** 2 for group in groups]
+    if max(sizes, default=0) > max_bytes:
+        raise PreflightError(
+            f"the second moments of one layer's input must fit; they take {size_text(max(sizes))}, "
+            f"allowed are {size_text(max_bytes)}. Allow more memory, or leave the widest layers out."
+        )
     passes: list[list[list[str]]] = []
     room = 0
-    for group in groups:
-        size = DOUBLE_BYTES * layers[group[0]].in_features ** 2
-        if size > max_bytes:
-            raise PreflightError(
-                f"the second moments of one layer's input must fit; they take {size_text(size)}, "
-                f"allowed are {size_text(max_bytes)}. Allow more memory, or leave the widest layers out."
-            )
+    for group, size in zip(groups, sizes, strict=True):
         if size > room:
             passes.append([])
             room = max_bytes

@@ -11,6 +11,8 @@ from luthier.data import Example
 from luthier.data.packing import Pack, pack_examples
 from luthier.errors import DataError
 
+# Of a text so many characters for each token are tried first. Where it is cut, the last tokens are others than in the whole
+# text: so many are not used.
 CHARACTERS_A_TOKEN, CUT_TOKENS = 6, 64
 
 
@@ -45,8 +47,8 @@ def text_packs(
 
 
 def _first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> list[int]:
-    """The first `count` tokens of a text, or all, no more of it tokenised than about twice what is needed. What is cut off
-    changes only tokens near the cut, of which CUT_TOKENS are not used."""
+    """The first `count` tokens of a text, or all; as much of it is tokenised as CHARACTERS_A_TOKEN says, twice that where it
+    gives too few, and so on. The whole text's tokens wherever a cut changes no more than CUT_TOKENS before it."""
     characters = CHARACTERS_A_TOKEN * (count + CUT_TOKENS)
     while True:
         ids = tokenizer.encode(text[:characters], add_special_tokens=False)

@@ -66,5 +66,5 @@ def use(model: Any) -> None:
 
     limit = position_limit(model)
     length = PROMPT_TOKENS if limit is None else max(1, min(PROMPT_TOKENS, limit - DECODED_TOKENS))
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = model.get_input_embeddings().num_embeddings
     Generator(model).generate([[token % vocabulary for token in range(length)]], DECODED_TOKENS)

@@ -21,7 +21,8 @@ from luthier.evaluation.sets import choice_rows, has_choices
 from luthier.units import count_text, size_text, visible
 
 PLAIN_SUFFIXES = (".txt", ".raw", ".md")
-# What is read, and turned to tokens, at a time: no more than is needed, if a token has no more than so many bytes.
+# Plain text is read and turned to tokens in pieces of so many bytes. The first is enough unless tokens have more than
+# BYTES_A_TOKEN on average.
 PIECE_BYTES, LEAST_PIECE_BYTES, BYTES_A_TOKEN = 1 << 20, 1 << 16, 8
 # A row, and what it lets choose from where it does.
 RowRead = tuple[Example, Choice | None]
@@ -31,7 +32,7 @@ _LAST_BREAK = re.compile(rb".*[\n ]", re.DOTALL)
 @dataclass(frozen=True)
 class Read:
     """What was read of one file. texts: token ids; of plain text one, of rows one a row, each different. examples: the rows, in
-    the order of texts. note: what was not read, or was left out; "" for nothing."""
+    the order of texts. notes: what was not read, or was left out."""
 
     name: str
     texts: list[list[int]]

@@ -134,7 +134,7 @@ def _walk_down(
         for together in [[group] for group in own] if changes else [own]:
             if together:
                 seen = _seen_in_layer(model, packs, hidden, layer, together)
-                trim_free_memory()  # freed blocks are kept for the next tensors, but not the most that ever were free
+                trim_free_memory()  # else the process would stay at the most that it ever held, since freed memory is kept
                 visit(seen)
                 trim_free_memory()
         for number, pack in enumerate(packs):

@@ -70,7 +70,7 @@ def evaluate(
 def check_fit(model: PreTrainedModel, examples: Sequence[Example]) -> None:
     """Raise DataError naming the rows whose positions or tokens do not exist in the model."""
     embeddings: Any = model.get_input_embeddings()
-    vocabulary = embeddings.weight.shape[0]
+    vocabulary = embeddings.num_embeddings
     limit = position_limit(model) or math.inf
     problems = []
     for example in examples:

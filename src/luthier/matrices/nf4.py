@@ -24,7 +24,8 @@ from luthier.matrices.frozen import FrozenMatrix, StoredMatrix
 STATE_KEY = "weight.quant_state.bitsandbytes__nf4"
 NESTED_KEYS = ("weight.nested_absmax", "weight.nested_quant_map")
 MAX_STATE_BYTES = 4096
-# Numbers that are converted at a time: fewer bytes than most results have, which then never fill the gaps that these leave.
+# Numbers that are widened at a time. In float32 they take fewer bytes than most results: no result is put where they were, and
+# the next ones find room there again.
 CONVERTED_ELEMENTS = 1 << 18
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -253,7 +253,7 @@ def _schedule(config: RunConfig, rows: int) -> Schedule:
 
 def check_rows_fit(model: Any, data: RunData) -> None:
     """Raise PreflightError if a token or a position of the data does not exist in the model."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = model.get_input_embeddings().num_embeddings
     sets = [data.train, *([data.held_out] if data.held_out else [])]
     for example in (example for dataset in sets for example in dataset.examples):
         largest = max(*example.ids, *example.prompt_ids, 0)

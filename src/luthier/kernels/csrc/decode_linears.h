@@ -44,6 +44,7 @@ class Linears {
   }
 
   // The largest of all layers each: input: features, most_rank: `ranks`, narrow: `inner_of`, widest: results of one input.
+  // members: of the team.
   void place(Pieces& pieces, std::int64_t tokens, std::int64_t input, std::int64_t most_rank, std::int64_t narrow,
              std::int64_t widest, int members) {
     room = few.rows * up(std::max(input, narrow), kPanelGroup);
@@ -57,7 +58,7 @@ class Linears {
     product = pieces.take<float>(tokens * widest);
   }
 
-  // What is the member's alone, in its own copy.
+  // Once, in each member's copy: its own room for decoded rows.
   void belong_to(const Team::Member& member) { decoded += member.number() * room; }
 
   void finish_row(std::int64_t t) const { finish_row(x, t); }
@@ -219,8 +220,8 @@ class Linears {
   const DecodeTable& kernels = table(decode_tables);
   Input z[kMostParts]{};
   float *u = nullptr, *inner = nullptr, *inner_rows = nullptr, *product = nullptr;
-  float* decoded = nullptr;  // of each member
-  std::int64_t room = 0;
+  float* decoded = nullptr;  // rows of W: of the first member until belong_to
+  std::int64_t room = 0;     // floats of each member
 };
 
 }  // namespace lt

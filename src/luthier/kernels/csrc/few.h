@@ -1,5 +1,5 @@
-// A few tokens: each row of W is decoded once and multiplied with every token, up to four while it is in registers, more from
-// the nearest cache.
+// A few tokens: a row of W is decoded once and multiplied with several of them, up to four while it is in registers (three as
+// two and one), more from the nearest cache.
 #pragma once
 #include "linear.h"
 
@@ -11,8 +11,8 @@ constexpr std::int64_t kFewGroup = 4;
 // x and inner lie in groups of four tokens, the last group of those that are left, and in each in blocks of 32 features,
 // [block][tokens of the group][32], the last block filled up with zeros: tokens whose rows are a power of two apart would fall
 // on the same few lines of the first-level cache.
-// Where the 32 features of a block of token t begin, of T tokens in so many blocks.
-inline std::int64_t few_place(std::int64_t t, std::int64_t T, std::int64_t block, std::int64_t blocks) {
+// Where the 32 features of a block of token t begin, of T tokens in so many blocks. Static, since *_isa.cpp files include it.
+static inline std::int64_t few_place(std::int64_t t, std::int64_t T, std::int64_t block, std::int64_t blocks) {
   const std::int64_t first = t / kFewGroup * kFewGroup, group = T - first < kFewGroup ? T - first : kFewGroup;
   return (first * blocks + block * group + t - first) * kPanelGroup;
 }

@@ -102,7 +102,8 @@ void forward_rows(const float* x, std::int64_t first_row, std::int64_t rows, con
   }
 }
 
-// scale * x, (T, features), in blocks of 32 features: [block][T][32], the last one filled up with zeros.
+// scale * x, (T, features), in blocks of 32 features: [block][T][32], the last one filled up with zeros: one group of few.h.
+static_assert(kFewTokens <= kFewGroup);
 void pack_few(const float* x, std::int64_t T, std::int64_t features, float scale, float* out) {
   for (std::int64_t k = 0; k < features; k += kPanelGroup) {
     for (std::int64_t t = 0; t < T; ++t, out += kPanelGroup) {
@@ -144,7 +145,8 @@ void forward_few(const float* x, std::int64_t T, const lt_linear* parts, int cou
     }
     parallel_for((N + kRowsOfTask - 1) / kRowsOfTask, threads, [&](std::int64_t task) {
       const std::int64_t row = task * kRowsOfTask;
-      k.multiply({part.matrix, row, std::min(kRowsOfTask, N - row), packed, sums, T, part.B, inner, r, part.bias, part.y, N, nullptr});
+      const std::int64_t rows = std::min(kRowsOfTask, N - row);
+      k.multiply({part.matrix, row, rows, packed, sums, T, part.B, inner, r, part.bias, part.y, N, nullptr});
     });
   }
 }
