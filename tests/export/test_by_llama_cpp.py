@@ -24,26 +24,30 @@ def difference(loss: float, error: float) -> Difference:
 
 
 @pytest.mark.parametrize(
-    ("loss", "error", "equal", "interval", "passed"),
+    ("loss", "error", "equal", "tokens", "interval", "passed"),
     [
-        (LOSS + 0.0004, 0.01, 1.0, None, True),
-        (LOSS + 0.0006, 0.01, 1.0, None, False),  # 0.5 % of 0.1 is 0.0005
-        (LOSS - 0.0006, 0.01, 1.0, None, False),
-        (LOSS, 0.01, 0.96, None, False),
-        (LOSS, 0.01, None, None, True),
-        (LOSS + 0.0006, 0.01, 1.0, (-0.0001, 0.0013), True),
-        (LOSS + 0.0020, 0.01, 1.0, (0.0006, 0.0040), False),  # all of the interval is beyond the bound
-        (LOSS - 0.0020, 0.01, 1.0, (-0.0040, -0.0006), False),
-        (LOSS, 0.05, 0.3, (-0.0001, 0.0001), True),
-        (LOSS, 0.2, 0.3, (-0.0001, 0.0001), False),
-        (LOSS, 0.2, 0.98, (-0.0001, 0.0001), True),
+        (LOSS + 0.0004, 0.5, 1.0, 1.0, None, True),
+        (LOSS + 0.0006, 0.01, 1.0, 1.0, None, False),  # 0.5 % of 0.1 is 0.0005
+        (LOSS - 0.0006, 0.01, 1.0, 1.0, None, False),
+        (LOSS, 0.01, 0.96, 1.0, None, False),
+        (LOSS, 0.01, None, 1.0, None, True),
+        (LOSS, 0.01, 1.0, 0.96, None, False),
+        (LOSS + 0.0006, 0.01, 1.0, 1.0, (-0.0001, 0.0013), True),
+        (LOSS + 0.0020, 0.01, 1.0, 1.0, (0.0006, 0.0040), False),  # all of the interval is beyond the bound
+        (LOSS - 0.0020, 0.01, 1.0, 1.0, (-0.0040, -0.0006), False),
+        (LOSS, 0.059, 0.3, 1.0, (-0.0001, 0.0001), True),
+        (LOSS, 0.061, 1.0, 1.0, (-0.0001, 0.0001), False),  # twice what rounding moves them is 0.06
+        (LOSS, 0.01, 1.0, 0.96, (-0.0001, 0.0001), False),
+        (float("nan"), float("nan"), 1.0, 1.0, (-0.0001, 0.0001), False),
     ],
 )
-def test_what_passes(loss: float, error: float, equal: float | None, interval: Any, passed: bool) -> None:
+def test_what_passes(loss: float, error: float, equal: float | None, tokens: float, interval: Any, passed: bool) -> None:
     """Of files on which llama.cpp rounds, chance has its part in the loss, and near ties in the text."""
-    found, bound = by_llama_cpp._passed(difference(loss, error), equal, interval)
+    rounding = None if interval is None else by_llama_cpp.Rounding(interval, moved=0.03)
+    found, bound = by_llama_cpp._passed(difference(loss, error), equal, tokens, rounding)
     assert found == passed
     assert ("as far as these rows tell" in bound) == (interval is not None)
+    assert ("error of the logits at most 0.06, 2 times what rounding moves them" in bound) == (interval is not None)
     assert "loss within 0.5 %" in bound
 
 

@@ -146,9 +146,10 @@ def _demand_passed(verification: Sequence[Verification]) -> None:
         if not one.passed:
             difference = one.difference
             raise NumericError(
-                f"an export must compute what was trained ({one.bound}); {one.by} against {one.against}: largest difference "
-                f"of logits {difference.largest_logits_error:.2g}, loss {difference.loss:.5g} against "
-                f"{difference.loss_reference:.5g}, equal answers {_share(one.equal_answers)}. Nothing was written."
+                f"an export must compute what was trained ({one.bound}); {one.by} against {one.against}: error of the "
+                f"logits {difference.logits_error:.2g}, of one at most {difference.largest_logits_error:.2g} of the largest; "
+                f"loss {difference.loss:.5g} against {difference.loss_reference:.5g}; equal answers "
+                f"{_share(one.equal_answers)}, equal tokens {_share(one.equal_tokens)}. Nothing was written."
             )
 
 
