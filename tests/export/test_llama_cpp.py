@@ -59,13 +59,12 @@ def test_blocks_are_read_as_we_read_them(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", [Kind.F16, Kind.Q8_0, Kind.Q4_1])
 @pytest.mark.parametrize("spec", [{}, {"variant": "rslora", "rank_pattern": {"q_proj": 2}}])
-def test_an_adapter_on_blocks_as_they_are(tmp_path: Path, kind: Kind, spec: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_on_blocks_as_they_are(tmp_path: Path, kind: Kind, spec: dict) -> None:
     """What was trained here on a GGUF file's own blocks is what llama.cpp serves from that file and the adapter's.
 
     llama.cpp rounds what goes into such a matrix to 16 or 8 bits. A random model's likeliest tokens are nearly tied, so
     that its greedy text turns on this; that of a trained one is compared in benchmarks/export.py.
     """
-    monkeypatch.setattr("luthier.export.by_llama_cpp.LEAST_EQUAL_ROWS", 0.0)
     model = random_model("llama", vocab_size=len(tiny_tokenizer()))  # llama.cpp wants a token for each row
     base = write_gguf(tmp_path / "base.gguf", model, "llama", kind)
     model, _ = luthier.load(str(base))
@@ -82,9 +81,8 @@ def test_an_adapter_on_blocks_as_they_are(tmp_path: Path, kind: Kind, spec: dict
     assert theirs.equal_tokens == 1.0
 
 
-def test_an_adapter_trained_on_nf4_of_a_file_is_judged_on_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_trained_on_nf4_of_a_file_is_judged_on_the_file(tmp_path: Path) -> None:
     """llama.cpp opens the file, whose weights are others than those trained on: that is no fault of the adapter's file."""
-    monkeypatch.setattr("luthier.export.by_llama_cpp.LEAST_EQUAL_ROWS", 0.0)
     model = random_model("llama", vocab_size=len(tiny_tokenizer()))
     base = write_gguf(tmp_path / "base.gguf", model, "llama", Kind.F16)
     model, _ = luthier.load(str(base), base="nf4")

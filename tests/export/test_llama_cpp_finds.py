@@ -1,6 +1,6 @@
 """What the check in llama.cpp finds although our own reading of the file cannot: mistakes that writer and reader would share.
 
-The types are those beside which llama.cpp rounds, where little is asked of loss and text. Needs the extra `llamacpp`.
+Needs the extra `llamacpp`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Right:
         return judged_by_llama_cpp(path, adapter, self.subject.model, self.subject.tokenizer, self.examples).passed
 
 
-@pytest.fixture(params=[Kind.BF16, Kind.Q8_0, Kind.Q4_1], ids=lambda kind: kind.name)
+@pytest.fixture(params=[Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_1], ids=lambda kind: kind.name)
 def right(request: pytest.FixtureRequest, tmp_path: Path) -> Right:
     model = random_model("llama", hidden_size=256, intermediate_size=256, vocab_size=len(tiny_tokenizer()))
     path = write_gguf(tmp_path / "right.gguf", model, "llama", request.param)

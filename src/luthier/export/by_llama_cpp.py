@@ -8,7 +8,6 @@ it moves the logits is measured on our own forward, rounded in the same way: a f
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +31,10 @@ from luthier.units import percent_text
 
 LEAST_EQUAL_ROWS = 0.97
 ANSWER_TOKENS = 64
-# How many times as far as by our own rounding the logits may be moved. Of right files it is 0.9 to 1.1 times: six types in six
-# families of random models, and SmolLM2-135M on four rows.
+# How many times as far as by our own rounding the logits may be moved. Of right files it is 0.9 to 1.1 times: seven types in
+# six families of random models, and SmolLM2-135M on four rows.
 MOST_TIMES = 2.0
-# What is not rounded alike all the same: products of float16 and sums in another order.
+# What is not rounded alike all the same: sums in another order, and Gemma's GELU, which llama.cpp looks up in float16 (2e-4).
 LEAST_MOVED = 1e-3
 # Beside matrices of these kinds llama.cpp keeps at least 11 bits of what it multiplies with them.
 PRECISE = frozenset({"f32", "f16"})
@@ -46,10 +45,10 @@ def judged_by_llama_cpp(
 ) -> Verification:
     """llama.cpp against our own reading of the same file.
 
-    Passed where it cuts LEAST_EQUAL_ROWS of rows into the same tokens, the loss is within LOSS_SHARE and the greedy text the
-    same on LEAST_EQUAL_ROWS of rows. For a file whose matrices make llama.cpp round, in place of the last two: where the
-    loss's paired 95 % interval over rows reaches that bound, and the error of the logits is at most MOST_TIMES that of our own
-    forward with its inputs rounded alike.
+    Passed where it cuts LEAST_EQUAL_ROWS of rows into the same tokens, the error of the logits is at most MOST_TIMES that of
+    our own forward with its inputs rounded alike, and the loss is within LOSS_SHARE; for a file beside whose matrices
+    llama.cpp keeps fewer than 11 bits, where the loss's paired 95 % interval over rows reaches that. The greedy text is
+    compared and not judged: it turns wherever two tokens are nearly tied.
     """
     reference = reference_of(ours, examples)
     asked = [example for example in examples if example.prompt_ids]
@@ -67,28 +66,15 @@ def judged_by_llama_cpp(
         judge.close()
     answers = generate_batch(ours, tokenizer, [one.prompt_ids for one in asked], max_new_tokens=ANSWER_TOKENS)
     equal = sum(a == b for a, b in zip(answers, texts, strict=True)) / len(asked) if asked else None
-    rounding = None if is_precise(ours) else _rounding(ours, reference, losses)
     same_tokens = sum(cut) / len(cut)
-    passed, bound = _passed(difference, equal, same_tokens, rounding)
+    moved = difference_to(reference, rounded_logits(ours, reference)).logits_error
+    passed, bound = _passed(difference, same_tokens, moved, None if is_precise(ours) else _interval(reference, losses))
     return Verification(judge.name, "our reading of the file", passed, bound, difference, equal, same_tokens)
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """What chance has a part in. interval: of the loss apart; moved: the error of the logits that rounding alone makes."""
-
-    interval: Interval
-    moved: float
 
 
 def is_precise(model: PreTrainedModel) -> bool:
     """Whether llama.cpp rounds nothing of the model below 11 bits."""
     return all(layer.matrix.kind in PRECISE for layer in low_rank_layers(model).values())
-
-
-def _rounding(ours: PreTrainedModel, reference: Reference, losses: Tensor) -> Rounding:
-    moved = difference_to(reference, rounded_logits(ours, reference)).logits_error
-    return Rounding(_interval(reference, losses), moved)
 
 
 def _adding_losses(reference: Reference, logits: Iterator[Tensor], losses: Tensor) -> Iterator[Tensor]:
@@ -109,23 +95,17 @@ def _interval(reference: Reference, losses: Tensor) -> Interval:
     return found["theirs"].minus(found["ours"]).interval()
 
 
-def _passed(difference: Difference, equal: float | None, same_tokens: float, rounding: Rounding | None) -> tuple[bool, str]:
-    """Whether it did what is asked, and what that is. rounding: None where nothing is rounded below 11 bits."""
+def _passed(difference: Difference, same_tokens: float, moved: float, interval: Interval | None) -> tuple[bool, str]:
+    """Whether it did what is asked, and what that is. moved: the error of the logits that rounding alone makes; interval: of
+    the loss apart, where chance has a part in it."""
     within = LOSS_SHARE * max(difference.loss_reference, LEAST_LOSS)
+    farthest = MOST_TIMES * max(moved, LEAST_MOVED)
     apart = difference.loss - difference.loss_reference
-    most = percent_text(LEAST_EQUAL_ROWS)
-    loss_bound = f"loss within {percent_text(LOSS_SHARE)} (of {LEAST_LOSS:g} where it is smaller)"
-    same_cut = same_tokens >= LEAST_EQUAL_ROWS
-    if rounding is None:
-        same_text = equal is None or equal >= LEAST_EQUAL_ROWS
-        return abs(
-            apart
-        ) <= within and same_text and same_cut, f"{loss_bound}, the same tokens and greedy text on {most} of rows"
-    low, high = min(rounding.interval[0], apart), max(rounding.interval[1], apart)
-    reaches = low <= within and high >= -within
-    farthest = MOST_TIMES * max(rounding.moved, LEAST_MOVED)
+    low, high = (apart, apart) if interval is None else (min(interval[0], apart), max(interval[1], apart))
+    near = difference.logits_error <= farthest and low <= within and high >= -within
     bound = (
-        f"{loss_bound} as far as these rows tell, the same tokens on {most} of rows, "
-        f"error of the logits at most {farthest:.2g}, {MOST_TIMES:g} times what rounding moves them"
+        f"loss within {percent_text(LOSS_SHARE)} (of {LEAST_LOSS:g} where it is smaller)"
+        f"{'' if interval is None else ' as far as these rows tell'}, the same tokens on {percent_text(LEAST_EQUAL_ROWS)} of "
+        f"rows, error of the logits at most {farthest:.2g}, {MOST_TIMES:g} times what rounding moves them"
     )
-    return reaches and difference.logits_error <= farthest and same_cut, bound
+    return near and same_tokens >= LEAST_EQUAL_ROWS, bound
