@@ -179,6 +179,18 @@ def test_the_gradient_through_a_vocabulary_of_49152_agrees_with_float64():
         )
 
 
+def test_widths_and_vocabularies_of_several_blocks_agree_with_float64():
+    torch.manual_seed(0)
+    weight, hidden = torch.randn(1700, 900) / 10, torch.randn(31, 900)
+    targets = torch.tensor([0, 767, 768, 1535, 1536, 1699]).repeat(6)[:31]  # first and last of each block
+    for options in ({"bias": torch.randn(1700)}, {"softcap": 8.0, "label_smoothing": 0.1}):
+        assert_close_to_float64(
+            lambda h, o=options: head.linear_cross_entropy(h, Storage.dense(weight), targets, **o)[0],
+            lambda h, o=options: exact(h, weight, targets, **o),
+            [hidden],
+        )
+
+
 @pytest.mark.slow
 def test_peak_extra_memory_at_4096_rows_and_49152_tokens():
     run = subprocess.run([sys.executable, "-c", MEMORY_SCRIPT], capture_output=True, text=True, check=True)

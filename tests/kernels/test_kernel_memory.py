@@ -38,11 +38,11 @@ for tokens in map(int, sys.argv[1:]):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from /proc")
-def test_scratch_does_not_grow_from_640_to_6400_tokens():
+def test_scratch_does_not_grow_from_1024_to_6400_tokens():
     """Linear layer, norms and head, forward and backward; with results freed, what is left is what the kernels keep."""
     # Blocks above the threshold go back to the system when they are freed.
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    command = [sys.executable, "-c", RESIDENT_SCRIPT, "8", "640", "6400"]
+    command = [sys.executable, "-c", RESIDENT_SCRIPT, "8", "1024", "6400"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert run.returncode == 0, run.stderr
     few, block, many = map(int, run.stdout.split())

@@ -19,7 +19,7 @@ from luthier.kernels.registry import define_op
 from luthier.kernels.storage import Storage
 
 LOGITS_BYTES = 24 * 2**20
-FEWEST_ROWS = 64
+FEWEST_ROWS, MOST_ROWS = 64, 640
 SUMMED_AT_ONCE = 16384
 
 
@@ -49,7 +49,7 @@ def linear_cross_entropy(
 
 def rows_at_once(rows: int, vocabulary: int) -> int:
     """Rows whose logits are held at the same time: equal pieces of all rows."""
-    most = max(FEWEST_ROWS, LOGITS_BYTES // (4 * vocabulary))
+    most = max(FEWEST_ROWS, min(MOST_ROWS, LOGITS_BYTES // (4 * vocabulary)))
     pieces = -(-rows // most)
     return -(-rows // pieces) if pieces else 1
 
@@ -116,6 +116,12 @@ def _fake(hidden, stored, layout, numbers, bias, targets, scale, softcap, smooth
     return hidden.new_empty(hidden.shape[0]), torch.empty_like(hidden) if gradient else hidden.new_empty(0)
 
 
+def _room_of_a_row(vocabulary: int, width: int) -> int:
+    function = native.library().lt_head_room
+    function.argtypes, function.restype = (c_int64, c_int64), c_int64
+    return function(vocabulary, width)
+
+
 def _native(hidden, stored, layout, numbers, bias, targets, scale, softcap, smoothing, gradient) -> tuple[Tensor, Tensor]:
     (matrix,) = linear_native.matrices(stored, layout, numbers)
     rows, _ = native.check_tensor(hidden, "hidden", torch.float32, (None, matrix.cols)).shape
@@ -126,7 +132,7 @@ def _native(hidden, stored, layout, numbers, bias, targets, scale, softcap, smoo
     if rows == 0:
         return losses, dhidden
     chunk = rows_at_once(rows, matrix.rows)
-    logits = hidden.new_empty(chunk, matrix.rows)
+    room = hidden.new_empty(chunk, _room_of_a_row(matrix.rows, matrix.cols))
     call = native.entry(
         "lt_linear_cross_entropy",
         *[c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_float, c_float, c_float],
@@ -134,7 +140,7 @@ def _native(hidden, stored, layout, numbers, bias, targets, scale, softcap, smoo
     )
     inputs = (hidden.data_ptr(), rows, ctypes.addressof(matrix), None if bias is None else bias.data_ptr(), targets.data_ptr())
     outputs = (losses.data_ptr(), dhidden.data_ptr() if gradient else None)
-    call(*inputs, scale, softcap, smoothing, logits.data_ptr(), chunk, *outputs, native.threads())
+    call(*inputs, scale, softcap, smoothing, room.data_ptr(), chunk, *outputs, native.threads())
     return losses, dhidden
 
 

@@ -25,14 +25,21 @@ LT_INLINE void settle() {
 
 #define LT_MEMBER __attribute__((always_inline)) inline
 
-// Loads and stores of a whole vector, or of the first n lanes at the end of a row.
+// Loads and stores of a whole vector, or of the first n lanes at the end of a row. choose: v in these lanes, else `absent`.
 struct Whole {
+  LT_MEMBER vf choose(vf v, vf) const { return v; }
   LT_MEMBER vf get(const float* p) const { return load(p); }
   LT_MEMBER void put(float* p, vf v) const { store(p, v); }
   LT_MEMBER void put(float* p, vf v, bool past) const { past ? store_past(p, v) : store(p, v); }
 };
 struct Part {
   int n;
+  LT_MEMBER vf choose(vf v, vf absent) const {
+    float lanes[VL];
+    store(lanes, absent);
+    store_n(lanes, v, n);
+    return load(lanes);
+  }
   LT_MEMBER vf get(const float* p) const { return load_n(p, n); }
   LT_MEMBER void put(float* p, vf v) const { store_n(p, v, n); }
   LT_MEMBER void put(float* p, vf v, bool) const { store_n(p, v, n); }

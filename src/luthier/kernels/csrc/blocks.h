@@ -6,6 +6,10 @@
 
 namespace lt {
 
+// Slivers of one block, and a thread's panels: linear layer and head, which never run at once in a thread, share their room.
+struct SliverScratch {};
+struct PanelScratch {};
+
 inline std::int64_t up(std::int64_t n, std::int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 // The length of equal pieces, multiples of `unit`, no longer than `most`.

@@ -5,15 +5,22 @@
 namespace lt {
 
 struct HeadRows {
-  std::int64_t rows, vocabulary;
+  std::int64_t vocabulary;
   float scale;      // z = scale * logit
   float softcap;    // then softcap * tanh(z / softcap), where not 0
   float smoothing;  // share of the target spread over the vocabulary
 };
 
+// Some scores z of one row: the largest, the sum of exp(z - largest), and the sum of z.
+struct HeadSummary {
+  float largest, exponentials, total;
+};
+
 struct HeadTable {
-  // losses[row] = lse - (1 - smoothing) z[target] - smoothing mean(z). With `gradient` the logits become d loss / d logit.
-  void (*cross_entropy)(const HeadRows& head, float* logits, const std::int64_t* targets, float* losses, int gradient);
+  // Neighbouring logits of a row become scores z.
+  HeadSummary (*summarise)(const HeadRows& head, float* logits, std::int64_t count);
+  // Scores of a row whose log sum exp is `lse` become d loss / d logit, but for what the target adds.
+  void (*gradient)(const HeadRows& head, float* scores, std::int64_t count, float lse);
 };
 
 }  // namespace lt

@@ -71,7 +71,7 @@ void turned_panels(const Format& format, std::int64_t row, int rows, std::int64_
 template <class Format>
 void straight_panels(const Format& format, std::int64_t col, int cols, std::int64_t row, std::int64_t depth, float* panels) {
   static_assert(kBlock == kPanelGroup && kBlock % kColumns == 0);
-  constexpr int kRowsAhead = 16;
+  constexpr int kRowsAhead = 32;
   const std::int64_t apart = depth * kColumns;
   for (std::int64_t k = 0; k < depth; ++k) {
     float* to = panels + k * kColumns;

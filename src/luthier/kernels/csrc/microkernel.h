@@ -22,7 +22,7 @@ constexpr int kRows = 4;
 constexpr int kVectors = 2;
 constexpr int kColumns = kVectors * VL;
 #if defined(LT_ISA_AVX512)
-constexpr int kDepth = 512;  // a panel of 64 KB comes from the second-level cache fast enough; tiles end less often
+constexpr int kDepth = 768;  // a panel of 96 KB comes from the second-level cache fast enough; tiles end less often
 #else
 constexpr int kDepth = 320;  // a panel of 320 x 16 floats and a sliver of 320 x 6 fill most of a 32 KB first-level cache
 #endif
