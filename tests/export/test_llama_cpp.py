@@ -41,7 +41,7 @@ def test_a_merged_file_computes_what_was_trained(tmp_path: Path, family: str, ki
 
 @pytest.mark.parametrize("kind", ["q8_0", "q6_k", "q4_k", "q4_1", "q4_0"])
 def test_blocks_are_read_as_we_read_them(tmp_path: Path, kind: str) -> None:
-    """llama.cpp rounds what goes into blocks to 8 bits, on which a random model's greedy text turns: as far as we foresee."""
+    """llama.cpp rounds what goes into blocks to 8 bits, which moves the logits as far as our own rounded forward is moved."""
     random_model("llama", hidden_size=256, intermediate_size=256).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     adapter = adapted(tmp_path, model=tmp_path / "model")
