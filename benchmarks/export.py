@@ -13,8 +13,8 @@ decodes, token by token (--decode: everywhere, which takes several times as long
 Asked of a form: peft and merged-*: logits within 1e-4 of the largest, of what was trained where nothing is rounded, else of the
 stored merge. gguf-f16, and gguf-adapter on the base's own file: the same greedy text on 97 % of rows, loss within 0.5 %.
 gguf-adapter-f16 is the adapter's file on the base written in float16, and rounded-inputs is our own forward on the base as it
-is with the inputs of blocks in 8 bits, as llama.cpp takes them (export_rounding.py): what gguf-adapter differs by more than the
-first, and as much as the second, is that rounding. "loss apart" is the loss over that of the model as trained, less one, with
+is with the inputs of blocks in 8 bits, as llama.cpp takes them: what gguf-adapter differs by more than the first, and as much
+as the second, is that rounding. "loss apart" is the loss over that of the model as trained, less one, with
 the 95 % interval over rows (paired bootstrap): what lies across 0 may be chance.
 `--forms` not given: all that the run can have. The JSON file is written after each form; what it has is not measured again.
 """
@@ -30,7 +30,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import export_rounding
 from common import describe_machine, write_json
 
 # Libraries look for packages called as scripts in this folder are.
@@ -163,12 +162,13 @@ def measure(trained: Trained, form: str, options: argparse.Namespace) -> dict[st
 
 def measure_rounding(trained: Trained) -> dict[str, Any]:
     from luthier.adapters.targets import low_rank_layers
+    from luthier.export.rounding import rounded_logits
     from luthier.matrices import GGUFMatrix
 
     if not any(isinstance(layer.matrix, GGUFMatrix) for layer in low_rank_layers(trained.subject.model).values()):
         return {"left_out": "the base has no blocks of a GGUF file"}
     row = {"by": "our forward, inputs of blocks in 8 bits", "note": "", "size_bytes": 0, "asked": None}
-    return row | compared(trained.reference, export_rounding.rounded_logits(trained.subject.model, trained.reference))
+    return row | compared(trained.reference, rounded_logits(trained.subject.model, trained.reference))
 
 
 def compared(reference: Reference, logits: Iterator[Tensor]) -> dict[str, Any]:

@@ -221,6 +221,8 @@ def test_names_that_lead_nowhere_cost_no_time(capsys, monkeypatch, tiny_llama: P
     [
         ("json", {"prompt": "x", "completion": "{not json"}, "1 of 1 are not:"),
         ("label", {"prompt": "x", "completion": "blue"}, "labels taken from the rows must be 2 to 1000 answers"),
+        ("exact", {"text": "words and no answer"}, "exact match needs rows with an answer; all rows are plain text"),
+        ("label", {"text": "words and no answer"}, "label accuracy needs rows that expect a label"),
         ("exact", {"prompt": "word " * 600, "completion": "x"}, "rows must fit the model's 512 positions"),
     ],
 )

@@ -127,7 +127,19 @@ def test_an_output_that_takes_nothing_more_is_no_fault_of_ours() -> None:
     with open("/dev/full", "w") as full:
         done = in_a_process("runs", "ls", "--root", "/nonexistent", "--json", stdout=full)
     assert done.returncode == 3, done.stderr
-    assert done.stderr == "error: what is written needs room on the disk; the output: No space left on device. Free some.\n"
+    assert (
+        done.stderr
+        == "error: what is written needs room on the disk; the output or a file: No space left on device. Free some.\n"
+    )
+
+
+def test_a_file_that_takes_nothing_more_does_not_take_what_was_printed_along() -> None:
+    """The error of a write names no file, so that it might be the output's."""
+    command = "import errno, sys\nfrom luthier.cli import main\ndef say():\n sys.stdout.write('figures')\n"
+    command += " raise OSError(errno.ENOSPC, 'No space left on device')\nmain.app.command('say')(say)\nmain.run(['say'])"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (3, "figures")
+    assert done.stderr.startswith("error: what is written needs room on the disk; the output or a file: ")
 
 
 def test_characters_that_an_output_cannot_hold_are_written_out() -> None:

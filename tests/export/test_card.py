@@ -13,7 +13,7 @@ from tiny import write_tiny
 
 from luthier.errors import ConfigError
 from luthier.export import export as export_module
-from luthier.export.card import license_of
+from luthier.export.card import _yaml, license_of
 from luthier.export.export import export
 from luthier.export.subject import open_subject
 from luthier.models.gguf_file import read_gguf
@@ -35,6 +35,11 @@ def test_names_of_any_kind_stay_values(tmp_path: Path) -> None:
     card = (tmp_path / "out" / "README.md").read_text()
     assert "# lo: ra #1\\n- `x|y` &lt;b&gt;\n" in card
     assert "\n- `x|y`" not in card.split("## ", 1)[0]
+
+
+@pytest.mark.parametrize("name", ["no", "Null", "on", "true", "llama", "org/no", "3.1"])
+def test_a_name_that_yaml_takes_for_something_else_stays_a_name(name: str) -> None:
+    assert yaml.safe_load(f"base_model: {_yaml(name)}") == {"base_model": name}
 
 
 def test_a_licence_of_any_kind_stays_a_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

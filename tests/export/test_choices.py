@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import pytest
+
 from luthier.export import forms
-from luthier.export.choices import DEQUANTIZED, ORIGINAL, Choice, Measured, recommend
+from luthier.export.choices import DEQUANTIZED, ORIGINAL, Choice, Measured, choices_for, recommend
 from luthier.export.compare import Difference
 
 
@@ -21,6 +25,19 @@ def test_the_smallest_that_is_as_good_else_the_nearest_dense_one() -> None:
     chosen, why = recommend(worse, forms.MERGED_KINDS, DEQUANTIZED)
     assert chosen is worse[0]
     assert why.endswith("the others are worse; to lose nothing, keep the adapter apart.")
+
+
+@pytest.mark.parametrize(
+    ("family", "kinds"),
+    [("llama", ["f32", "bf16", "nf4", "q8_0", "q4_k"]), ("olmo2", ["f32", "bf16", "nf4"]), ("gpt2", ["f32", "bf16"])],
+)
+def test_what_no_form_holds_of_a_family_is_not_compared(family: str, kinds: list[str]) -> None:
+    """GGUF files hold no OLMo 2, and nf4 no weights that lie the other way, as GPT-2's: to recommend either would mislead."""
+    model = SimpleNamespace(config=SimpleNamespace(model_type=family))
+    layer = SimpleNamespace(matrix=SimpleNamespace(transposed=family == "gpt2"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("luthier.export.choices.low_rank_layers", lambda _: {"layer": layer})
+        assert [one.kind for one in choices_for(model, "f32", "bf16", has_original=False)] == kinds  # type: ignore[arg-type]
 
 
 def test_what_another_form_holds_as_well_is_named() -> None:

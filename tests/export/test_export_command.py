@@ -80,6 +80,21 @@ def test_a_result_that_computes_something_else_is_not_left_behind(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_a_library_cannot_open_is_not_the_disks_refusal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(*_: object, **__: object) -> None:
+        raise OSError("base has no file named model.safetensors")  # as Transformers says it, without a number
+
+    monkeypatch.setattr("luthier.export.verify.AutoModelForCausalLM.from_pretrained", unreadable)
+    arguments = ["export", str(adapted(tmp_path)), "--to", "peft", "--out", str(tmp_path / "out"), "--verify"]
+    code, _, err = output([*arguments, "--data", row_file(tmp_path)], capsys)
+    assert code == 3
+    assert "--verify opens what was written; that failed: base has no file named model.safetensors." in err
+    assert "disk" not in err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("to", ["peft", "mlx", "gguf-adapter", "merged"])
 def test_a_full_disk_is_said_and_nothing_is_left(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, to: str

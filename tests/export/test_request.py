@@ -30,7 +30,9 @@ def test_a_name_that_can_be_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_parent_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(PreflightError, match=r"file must be a folder that can be written to; File exists\."):
+    with pytest.raises(
+        PreflightError, match=r"file must be a folder that can be written to; File exists\. Choose another --out\."
+    ):
         new_folder(tmp_path / "file" / "out")
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(PreflightError, match=r"must be a folder that can be written to; it is not\. Choose another --out"):

@@ -103,5 +103,7 @@ def _print(report: ExportReport) -> None:
         line += f"{number_text(one.difference.largest_logits_error)} of the largest"
         if one.equal_answers is not None:
             line += f", equal answers {percent_text(one.equal_answers)}"
+        if one.equal_tokens is not None:
+            line += f", equal tokens {percent_text(one.equal_tokens)}"
         typer.echo(line)
     typer.echo(f"{report.to}, {size_text(report.size_bytes)}: {visible(report.out)}")

@@ -11,7 +11,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Annotated, Any
 
 import typer
@@ -105,9 +105,11 @@ def _of_the_system(error: OSError) -> tuple[int, str, BaseException]:
     """Exit code and message for what the system refused: a full disk is nobody's fault, all else is ours."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return INTERNAL_ERROR, _fault(error), error
-    if error.filename is None:
+    if error.filename is None:  # a write says neither which file nor whether it was the output
+        with suppress(OSError):
+            sys.stdout.flush()
         _drop_output()
-    where = error.filename or "the output"
+    where = error.filename or "the output or a file"
     return PreflightError.exit_code, f"what is written needs room on the disk; {where}: {error.strerror}. Free some.", error
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from luthier.data import Dataset, Example, Renderer
 from luthier.errors import DataError, NumericError, bulleted
 from luthier.evaluation import text_metrics
-from luthier.evaluation.judging import Subject, add_answers, add_choices, add_labels, add_loss
+from luthier.evaluation.judging import Subject, add_answers, add_choices, add_labels, add_loss, check_rows
 from luthier.evaluation.measures import WRITTEN, check_metrics
 from luthier.evaluation.result import EvalResult
 from luthier.evaluation.scores import score_examples
@@ -48,8 +48,7 @@ def evaluate(
     wanted = check_metrics(metrics)
     text_metrics.require(wanted)
     examples = dataset.examples[:rows]
-    if not examples:
-        raise DataError("an evaluation needs at least one row; there is none.")
+    check_rows(examples, wanted)
     check_fit(model, examples)
     subject = Subject(model, tokenizer, renderer, examples, extras or Extras(), progress)
     result = EvalResult({}, len(examples))
@@ -59,7 +58,7 @@ def evaluate(
     if written:
         if "loss" not in wanted:
             _check_finite(model, examples[0])
-        add_answers(result, subject, written, max_new_tokens, alone=len(written) == len(wanted))
+        add_answers(result, subject, written, max_new_tokens)
     if "label" in wanted:
         add_labels(result, subject)
     if "choice" in wanted:

@@ -16,6 +16,7 @@ from luthier.evaluation.bootstrap import Array, Figure, mean_of, ratio
 from luthier.evaluation.choice import Choice, choose
 from luthier.evaluation.generate import generate_batch
 from luthier.evaluation.labels import choose_labels, labels_of_rows
+from luthier.evaluation.measures import WRITTEN
 from luthier.evaluation.pieces import text_of
 from luthier.evaluation.result import EvalResult, Judged
 from luthier.evaluation.scores import score_examples, supervised_count
@@ -41,14 +42,27 @@ class Subject:
     progress: Progress | None
 
 
+def check_rows(examples: Sequence[Example], metrics: Sequence[str]) -> None:
+    """Raise DataError where there are no rows, or none that a metric can judge."""
+    if not examples:
+        raise DataError("an evaluation needs at least one row; there is none.")
+    if "loss" in metrics and not any(supervised_count(example) for example in examples):
+        raise DataError("a loss needs supervised tokens; no row has any. Check the mask with `luthier data check`.")
+    if _answering(examples):
+        return
+    if "label" in metrics:
+        raise DataError("label accuracy needs rows that expect a label; all rows are plain text. Leave label out of --metrics.")
+    if set(metrics) <= set(WRITTEN):
+        title = _WRITTEN_TITLES[metrics[0]]
+        raise DataError(f"{title} needs rows with an answer; all rows are plain text. Use --metrics loss.")
+
+
 def add_loss(result: EvalResult, subject: Subject) -> None:
-    """Loss and perplexity over all supervised tokens. Raises DataError without any, NumericError for a loss that is not
+    """Loss and perplexity over all supervised tokens, of which there are some. Raises NumericError for a loss that is not
     finite."""
     examples = subject.examples
     scores = score_examples(subject.model, examples, progress=subject.progress, stage="measuring the loss")
     tokens = np.asarray([supervised_count(example) for example in examples], dtype=np.float64)
-    if not tokens.any():
-        raise DataError("a loss needs supervised tokens; no row has any. Check the mask with `luthier data check`.")
     kept = np.flatnonzero(tokens)
     terms = np.stack([-scores, tokens], 1)[kept]
     loss = Figure("loss", terms, ratio)
@@ -64,11 +78,8 @@ def add_loss(result: EvalResult, subject: Subject) -> None:
     result.metrics["tokens"] = int(tokens.sum())
 
 
-def add_answers(result: EvalResult, subject: Subject, metrics: list[str], max_new_tokens: int, *, alone: bool) -> None:
-    """What `metrics` say of greedily written answers, by `mark_answers`.
-
-    alone: whether nothing else is measured. Raises DataError if then no row expects an answer.
-    """
+def add_answers(result: EvalResult, subject: Subject, metrics: list[str], max_new_tokens: int) -> None:
+    """What `metrics` say of greedily written answers, by `mark_answers`; a note alone where no row expects one."""
     rows = _answering(subject.examples)
     if rows:
         answers = _write_answers(subject, rows, max_new_tokens)
@@ -78,17 +89,12 @@ def add_answers(result: EvalResult, subject: Subject, metrics: list[str], max_ne
         texts = ([one.prompt for one in answers], [one.expected for one in answers], [one.got for one in answers])
         result.add(marks.figures, Judged(marks.scored_by, rows, marks.scores, 1.0, *texts, where))
         result.metrics |= marks.counts
-    elif alone:
-        title = _WRITTEN_TITLES[metrics[0]]
-        raise DataError(f"{title} needs rows with an answer; all rows are plain text. Use --metrics loss.")
     result.notes += _notes(subject.tokenizer, result, max_new_tokens, metrics)
 
 
 def add_labels(result: EvalResult, subject: Subject) -> None:
-    """Label accuracy: the likeliest of the labels of extras, or of the rows' own. Raises DataError if no row expects one."""
+    """Label accuracy: the likeliest of the labels of extras, or of the rows' own, of which some expect one."""
     rows = _answering(subject.examples)
-    if not rows:
-        raise DataError("label accuracy needs rows that expect a label; all rows are plain text. Leave label out of --metrics.")
     left_out = len(subject.examples) - len(rows)
     if left_out:
         result.notes.append(f"label accuracy leaves out {left_out} rows of plain text, which expect no label")

@@ -24,7 +24,7 @@ RECIPE_KEYS = (
     "batch_size", "max_length", "optimizer", "seed",
 )  # fmt: skip
 LIBRARIES = {"peft": "peft", "merged": "transformers", "gguf": "gguf", "gguf-adapter": "gguf", "mlx": "mlx"}
-_PLAIN_YAML = re.compile(r"[A-Za-z][\w./+-]*")
+_PLAIN_YAML = re.compile(r"(?!(?i:null|true|false|yes|no|on|off|y|n)\Z)[A-Za-z][\w./+-]*")
 _LICENSE = re.compile(r"^license:\s*['\"]?([\w.+-]+)", re.MULTILINE)
 
 

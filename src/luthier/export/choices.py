@@ -7,11 +7,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from luthier.adapters.targets import low_rank_layers
 from luthier.errors import ConfigError
 from luthier.export import forms
 from luthier.export.compare import Difference, Reference, merged_difference
+from luthier.export.gguf_settings import ARCHITECTURE_OF
 from luthier.export.merge import Merge
 from luthier.export.merged_folder import BESIDE_NF4, merged_layer_kind
 from luthier.linear import enabled_terms
@@ -71,11 +73,20 @@ def merge_of(trained: Any, original: Loaded | None, base: str) -> Merge:
     return Merge(trained, {name: layer.matrix for name, layer in low_rank_layers(original.model).items()})
 
 
-def choices_for(kind: str, sixteen_bits: str, has_original: bool) -> list[Choice]:
-    """What the report compares, on each base there is: the wanted kind, 16 bits, and the re-quantised ones."""
+def choices_for(model: PreTrainedModel, kind: str, sixteen_bits: str, has_original: bool) -> list[Choice]:
+    """What the report compares, on each base there is: the wanted kind, 16 bits, and the re-quantised ones that some form
+    holds of the model's family."""
     bases = [ORIGINAL, DEQUANTIZED] if has_original else [DEQUANTIZED]
-    kinds = dict.fromkeys([kind, *([] if kind in ("bf16", "f16") else [sixteen_bits]), *REQUANTIZED])
+    small = [one for one in REQUANTIZED if _is_storable(model, one)]
+    kinds = dict.fromkeys([kind, *([] if kind in ("bf16", "f16") else [sixteen_bits]), *small])
     return [Choice(base, one) for one in kinds for base in bases]
+
+
+def _is_storable(model: PreTrainedModel, kind: str) -> bool:
+    """Whether the family's weights can be nf4, which stands for (out, in) alone, or the blocks of a GGUF file."""
+    if kind != "nf4":
+        return model.config.model_type in ARCHITECTURE_OF
+    return not any(layer.matrix.transposed for layer in low_rank_layers(model).values())
 
 
 def measure(
@@ -87,7 +98,6 @@ def measure(
     found: list[Measured] = []
     for choice in listed:
         merge = merges[choice.base]
-
         if progress is not None:
             progress(f"comparing: {choice.label}", len(found), len(listed))
         difference = merged_difference(reference, merge, storing(merge, choice.kind), plain_kind(choice.kind))

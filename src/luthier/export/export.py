@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from luthier.disk import staged_folder
-from luthier.errors import AdapterError, ConfigError, NumericError, PreflightError, one_line
+from luthier.errors import AdapterError, ConfigError, ModelError, NumericError, PreflightError, one_line
 from luthier.export.card import license_of, write_card
 from luthier.export.choices import DEQUANTIZED, ORIGINAL, merge_of, size_of
 from luthier.export.compare import reference_of
@@ -71,7 +71,7 @@ def export(
         license_name = license_of(subject)
         check = _write(job, dtype, base or DEQUANTIZED, license_name)
         if verify:
-            report.verification = list(check())
+            report.verification = _verified(check)
             _demand_passed(report.verification)
         _describe(job, license_name)
     report.notes = [*subject.notes, *report.notes]
@@ -141,14 +141,25 @@ def _check_space(folder: Path, merge: Merge, kind: str) -> None:
         )
 
 
+def _verified(check: Check) -> list[Verification]:
+    """What the check found. What a library says of files that it cannot open is not the disk's refusal to take them."""
+    try:
+        return list(check())
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"--verify opens what was written; that failed: {one_line(error)}. Nothing was written; try without --verify."
+        ) from error
+
+
 def _demand_passed(verification: Sequence[Verification]) -> None:
     for one in verification:
         if not one.passed:
             difference = one.difference
             raise NumericError(
-                f"an export must compute what was trained ({one.bound}); {one.by} against {one.against}: largest difference "
-                f"of logits {difference.largest_logits_error:.2g}, loss {difference.loss:.5g} against "
-                f"{difference.loss_reference:.5g}, equal answers {_share(one.equal_answers)}. Nothing was written."
+                f"an export must compute what was trained ({one.bound}); {one.by} against {one.against}: error of the "
+                f"logits {difference.logits_error:.2g}, of one at most {difference.largest_logits_error:.2g} of the largest; "
+                f"loss {difference.loss:.5g} against {difference.loss_reference:.5g}; equal answers "
+                f"{_share(one.equal_answers)}, equal tokens {_share(one.equal_tokens)}. Nothing was written."
             )
 
 

@@ -62,7 +62,7 @@ def compare_choices(job: Job, kind: str) -> None:
     if job.reference is None:
         return
     report, is_gguf, base = job.report, job.report.to == "gguf", job.report.base or DEQUANTIZED
-    choices = choices_for(kind, "f16" if is_gguf else "bf16", has_original=job.original is not None)
+    choices = choices_for(job.subject.model, kind, "f16" if is_gguf else "bf16", has_original=job.original is not None)
     report.measured = measure(job.reference, job.subject.model, job.original, choices, job.progress)
     kinds = (*forms.GGUF_KINDS, AS_IS) if is_gguf else forms.MERGED_KINDS
     report.recommended, report.recommendation = recommend(report.measured, kinds, base)

@@ -12,8 +12,9 @@ from luthier.export.verification import Verification
 @dataclass
 class ExportReport:
     """What was written. files: names in `out`; dtype, base: how and into what it was merged, None for adapters; tied: whether
-    head and embedding are one matrix; kinds: tensors of a GGUF file by type; report: each way of merging on the run's rows;
-    recommended: which of them to take, in words; verification: what opened it, and how it compared."""
+    head and embedding are one matrix; kinds: tensors of a GGUF file by type; measured: each way of merging on the run's rows,
+    empty without rows; recommended: which of them to take, recommendation: that in words; verification: what opened it, and
+    how it compared; notes: what a person should be told."""
 
     to: str
     out: str

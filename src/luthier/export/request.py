@@ -60,7 +60,9 @@ def new_folder(out: str | Path) -> Path:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise PreflightError(f"{folder.parent} must be a folder that can be written to; {error.strerror}.") from error
+        raise PreflightError(
+            f"{folder.parent} must be a folder that can be written to; {error.strerror}. Choose another --out."
+        ) from error
     if not os.access(folder.parent, os.W_OK):
         raise PreflightError(f"{folder.parent} must be a folder that can be written to; it is not. Choose another --out.")
     return folder

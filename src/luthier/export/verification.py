@@ -24,8 +24,7 @@ class Verification:
     equal_tokens: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        content = asdict(self)
-        return content | {"difference": asdict(self.difference)}
+        return asdict(self)
 
 
 def judged_by_logits(by: str, difference: Difference, against: str) -> Verification:
