@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 BLOCK_ELEMENTS = 1 << 20
 
 
-class FrozenMatrix(nn.Module):
+class FrozenMatrix(nn.Module, ABC):
     """W: (out_features, in_features). Each kind has properties, `rows`, `dequantize`, `matmul` and `not_finite` of its own."""
 
     transposed: bool = False
@@ -40,17 +41,17 @@ class FrozenMatrix(nn.Module):
         super().__init__()
         self._kept_norms: dict[int, tuple[tuple[int, int], Tensor]] = {}
 
+    @abstractmethod
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of W as float32. ids: (...) int64 -> (..., in_features)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W as a tensor (out_features, in_features) in `dtype`: a full copy, for merging and tests."""
-        raise NotImplementedError
 
+    @abstractmethod
     def not_finite(self) -> int:
         """How many stored numbers are NaN or Inf."""
-        raise NotImplementedError
 
     def row_range(self, start: int, stop: int) -> Tensor:
         """Rows start to stop as float32, (stop - start, in_features)."""
@@ -97,9 +98,9 @@ class FrozenMatrix(nn.Module):
 class StoredMatrix(FrozenMatrix):
     """A matrix that holds its numbers itself, as the kernels know them (`storage`)."""
 
+    @abstractmethod
     def storage(self) -> kernels.Storage:
         """The stored tensors as the kernels take them; no copy."""
-        raise NotImplementedError
 
     @property
     def size_bytes(self) -> int:
