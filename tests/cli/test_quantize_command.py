@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,7 @@ def test_quantize_writes_a_folder_that_loads(tmp_path: Path, tiny_llama: Path, c
     assert "a quantized model goes to a new folder" in message
     text = output(["quantize", str(tiny_llama), "--to", "nf4", "--out", str(tmp_path / "two")], capsys)
     assert "14 matrices in nf4, as they were: lm_head" in text
+    assert re.search(r"^\d+ kB, \d+ kB in 16 bits: .*two$", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

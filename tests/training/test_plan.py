@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from luthier.data import Example
 from luthier.data.packing import pack_examples
 from luthier.errors import ConfigError, DataError, PreflightError
 from luthier.matrices import StoredMatrix
+from luthier.models import nf4_cache
 from luthier.models.load import load
 from luthier.models.skeleton import build_skeleton
 from luthier.models.skeleton import make_config as make_model_config
@@ -331,6 +333,18 @@ def test_disk_counts_the_quantized_weights_that_will_be_kept(
     quantized = sum(tensor.nbytes for name, tensor in load_file(kept).items() if "quant_state" not in name)
     assert before[1] - before[0] == quantized
     assert plan_run(keeps, Listener()).disk_bytes == before[0]
+
+
+def test_a_cache_on_another_disk_needs_room_there(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+    plain = settings(tiny_llama, tmp_path, {"method": "qlora"})
+    keeps = plain.model_copy(update={"cache_quantized": True})
+    monkeypatch.setattr(planning, "_disk_of", lambda folder: folder.is_relative_to(tmp_path / "cache"))
+    assert plan_run(keeps, Listener()).disk_bytes == plan_run(plain, Listener()).disk_bytes
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(nf4_cache.shutil, "disk_usage", lambda _folder: usage._replace(free=1000))
+    with pytest.raises(PreflightError, match=r"room for the quantized weights, \d+ bytes; .*/cache/nf4: 1000 are free\. Leave"):
+        plan_run(keeps, Listener())
 
 
 @pytest.mark.parametrize(("base", "loading"), [("asis", 0), ("bf16", 512 * 64 * 4), ("nf4", 96 * 64 * 4)])
