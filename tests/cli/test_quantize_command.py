@@ -164,6 +164,8 @@ def test_folders_that_hold_no_model_are_told_apart(
         (tmp_path / "several", f"In it there are {tmp_path / 'several' / 'tiny.gguf'}."),
         (tmp_path / "empty", "Check the path, or download the model again."),
     ):
-        code, text = failure(["quantize", str(folder), "--to", "nf4", "--out", str(tmp_path / "out")], capsys)
-        assert code == 3
-        assert f"a model folder holds config.json; {folder} does not. {advice}" in text
+        quantize_it = ["quantize", str(folder), "--to", "nf4", "--out", str(tmp_path / "out")]
+        for arguments in (quantize_it, ["plan", str(data), "--model", str(folder)]):
+            code, text = failure(arguments, capsys)
+            assert code == 3
+            assert f"a model folder holds config.json; {folder} does not. {advice}" in text

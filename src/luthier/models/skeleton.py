@@ -36,9 +36,8 @@ def read_config(folder: Path) -> PretrainedConfig:
 
     Raises ModelError if the file is not JSON, its model_type is unknown, or it is of a kind that is not supported.
     """
+    require_config(folder)
     path = folder / CONFIG_FILE
-    if not os.path.lexists(path):
-        raise ModelError(f"a model folder holds {CONFIG_FILE}; {folder} does not. {_what_to_give(folder)}")
     try:
         content = read_json(path)
     except (OSError, ValueError) as error:
@@ -50,6 +49,12 @@ def read_config(folder: Path) -> PretrainedConfig:
     if named and not (folder / DESCRIPTION_FILE).is_file():
         raise ModelError(f"a compressed model has {DESCRIPTION_FILE} beside its weights; {folder} has none. Copy it again.")
     return make_config(content, str(path))
+
+
+def require_config(folder: Path) -> None:
+    """Raise ModelError, saying what to give instead, where a folder has no config.json and so is no model's."""
+    if not os.path.lexists(folder / CONFIG_FILE):
+        raise ModelError(f"a model folder holds {CONFIG_FILE}; {folder} does not. {_what_to_give(folder)}")
 
 
 def _what_to_give(folder: Path) -> str:
