@@ -106,7 +106,7 @@ class Prober:
             raise NumericError(f"what goes into a layer must be finite; NaN or Inf in {seen.name}. Check the model.")
         self._trials["low rank"].add(seen.name, *truncated(found, shape))
         energies, nf4 = found.energies, stored(W, "nf4")
-        del found  # for a wide layer what is let go of here is as much as its weight in float32, and so below
+        del found  # more than the weight in float32
         errors = {"nf4": _error(W, nf4, seen.metric)}
         errors |= {
             kind: _error(W, stored(W, kind), seen.metric) for kind in rounded_kinds(shape[1], self.bits) if kind != "nf4"
