@@ -1,0 +1,317 @@
+// y = x (L R)^T + bias and dx = dy L R in one call, the product of the factors never formed. docs/kernels.md has the order of the work.
+#include "factored.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "blocks.h"
+#include "dispatch.h"
+#include "scratch.h"
+#include "threads.h"
+
+LT_API int lt_linear_forward(const float*, std::int64_t, const lt_linear*, int, int);
+
+namespace lt {
+
+LT_DECLARE_TABLES(LinearTable, linear)
+LT_DECLARE_TABLES(FactoredTable, factored)
+
+namespace {
+
+// Tokens for which each weight is decoded once, and numbers that are held of them between the products at most: 16 MB.
+constexpr std::int64_t kMostRows = 1024, kMostNumbers = 1 << 22;
+// Weights that are decoded at a time: 4 MB, which every thread reads from the third-level cache.
+constexpr std::int64_t kMostWeights = 1 << 20;
+// Slivers of results between turns: some 200 features of a panel's tokens, which stay in the nearest cache.
+constexpr std::int64_t kSliversOfTurn = 16;
+// Rows of a matrix that a task decodes columns of.
+constexpr std::int64_t kRowsOfTask = 64;
+
+struct WeightScratch {};
+struct InputScratch {};
+struct InnerScratch {};
+struct ResultScratch {};
+
+// Numbers of all tokens, a panel of `width` tokens each: [panel][feature][width].
+struct Panels {
+  float* data;
+  std::int64_t tokens, features;
+  int width;
+  std::int64_t count() const { return (tokens + width - 1) / width; }
+  int tokens_of(std::int64_t p) const { return int(std::min<std::int64_t>(width, tokens - p * width)); }
+  float* row(std::int64_t p, std::int64_t feature) const { return data + (p * features + feature) * width; }
+};
+
+// Decoded weights: slivers [depth][rows] of so many features, one behind the other.
+struct Slivers {
+  const float* data;
+  std::int64_t features, depth;
+  int rows;
+  std::int64_t count() const { return (features + rows - 1) / rows; }
+};
+
+class Factored {
+ public:
+  Factored(const lt_factors& factors, int threads) : right_(*factors.right), left_(*factors.left), threads_(threads) {
+    const std::int64_t r = right_.rows, N = factors.places != nullptr ? factors.outputs : left_.rows;
+    places_.resize(std::size_t(N));
+    for (std::int64_t o = 0; o < N; ++o) places_[o] = factors.places != nullptr ? factors.places[o] : std::int32_t(r + o);
+    again_.resize(std::size_t(N));
+    std::vector<char> met(std::size_t(r + left_.rows));
+    for (std::int64_t o = 0; o < N; ++o) {
+      if (places_[o] >= r) others_.push_back(std::int32_t(o)), left_rows_.push_back(places_[o] - std::int32_t(r));
+      again_[o] = met[places_[o]];
+      met[places_[o]] = 1;
+    }
+    for (std::int64_t f = 0; f < r + left_.rows; ++f) {
+      if (!met[f]) unused_.push_back(std::int32_t(f));
+    }
+    is_plain_ = factors.places == nullptr;
+  }
+
+  // Tokens of one block, a multiple of what a panel holds.
+  std::int64_t block(std::int64_t tokens, std::int64_t features) const {
+    const std::int64_t panels = std::max<std::int64_t>(kMostNumbers / features / k_.columns, 4);
+    return piece(tokens, std::min(kMostRows, panels * k_.columns), k_.columns);
+  }
+
+  // Of T tokens; the first product gives every panel's inner result, the second what is left of the outputs.
+  void forward(const float* x, std::int64_t T, const float* bias, float* y) const {
+    const std::int64_t K = right_.cols, r = right_.rows, depth = piece(K, k_.depth, kPanelGroup);
+    const Panels input = panels<InputScratch>(T, depth), inner = panels<InnerScratch>(T, r);
+    std::vector<std::int32_t> rows(static_cast<std::size_t>(r));
+    for (std::int64_t i = 0; i < r; ++i) rows[i] = std::int32_t(i);
+    for (std::int64_t k0 = 0; k0 < K; k0 += depth) {
+      const std::int64_t here = std::min(depth, K - k0), most = features_at_once(here, k_.rows);
+      for (std::int64_t r0 = 0; r0 < r; r0 += most) {
+        const Slivers w = decode_rows(right_, rows.data() + r0, std::min(most, r - r0), k0, here);
+        const auto pack = [&](std::int64_t p) {
+          if (r0 == 0) k_.panels_forward(dense(x, T, K), p * k_.columns, inner.tokens_of(p), k0, here, input.row(p, 0));
+        };
+        each(inner, w.count(), pack, [&](std::int64_t p, std::int64_t first, std::int64_t last) {
+          multiply(w, first, last, input.row(p, 0), inner.tokens_of(p), k0 > 0, inner.row(p, r0 + first * w.rows));
+        });
+      }
+    }
+    const std::int64_t M = std::int64_t(others_.size()), most = features_at_once(r, k_.rows);
+    for (std::int64_t m0 = 0; m0 == 0 || m0 < M; m0 += most) {
+      const Slivers w = decode_rows(left_, left_rows_.data() + m0, std::min(most, M - m0), 0, r);
+      const auto nothing = [](std::int64_t) {};
+      each(inner, w.count(), nothing, [&](std::int64_t p, std::int64_t first, std::int64_t last) {
+        float* z = Scratch<ResultScratch>::get<float>(std::size_t(kSliversOfTurn * w.rows * k_.columns));
+        std::int64_t s = first;
+        do {
+          const std::int64_t end = std::min(last, s + kSliversOfTurn);
+          multiply(w, s, end, inner.row(p, 0), inner.tokens_of(p), false, z);
+          put_outputs(inner, p, m0 + s * w.rows, std::min(M, m0 + std::min(end * w.rows, w.features)), z, bias, y);
+          s = end;
+        } while (s < last);
+      });
+    }
+  }
+
+  // Of T tokens: the gradient to the inner result, then to x. Its panels hold what goes to each row of R, then of L.
+  void backward(float* dx, std::int64_t T, const float* dy) const {
+    const std::int64_t K = right_.cols, r = right_.rows, M = left_.rows, depth = piece(M, k_.depth, 1);
+    const Panels given = panels<InputScratch>(T, r + M);
+    for (std::int64_t n0 = 0; n0 < M; n0 += depth) {
+      const std::int64_t here = std::min(depth, M - n0), most = features_at_once(here, f_.group);
+      for (std::int64_t c0 = 0; c0 < r; c0 += most) {
+        const Slivers w = decode_columns(left_, c0, std::min(most, r - c0), n0, here);
+        const auto pack = [&](std::int64_t p) {
+          if (n0 == 0 && c0 == 0) take_outputs(given, p, dy);
+        };
+        each(given, w.count(), pack, [&](std::int64_t p, std::int64_t first, std::int64_t last) {
+          multiply(w, first, last, given.row(p, r + n0), given.tokens_of(p), !is_plain_ || n0 > 0, given.row(p, c0 + first * w.rows));
+        });
+      }
+    }
+    const std::int64_t most = features_at_once(r, f_.group);
+    for (std::int64_t c0 = 0; c0 < K; c0 += most) {
+      const Slivers w = decode_columns(right_, c0, std::min(most, K - c0), 0, r);
+      const auto nothing = [](std::int64_t) {};
+      each(given, w.count(), nothing, [&](std::int64_t p, std::int64_t first, std::int64_t last) {
+        float* z = Scratch<ResultScratch>::get<float>(std::size_t(kSliversOfTurn * w.rows * k_.columns));
+        for (std::int64_t s = first; s < last; s += kSliversOfTurn) {
+          const std::int64_t end = std::min(last, s + kSliversOfTurn), from = s * w.rows;
+          multiply(w, s, end, given.row(p, 0), given.tokens_of(p), false, z);
+          put_columns(z, std::min(end * w.rows, w.features) - from, given.tokens_of(p), dx + p * k_.columns * K + c0 + from);
+        }
+      });
+    }
+  }
+
+ private:
+  template <class Tag>
+  Panels panels(std::int64_t tokens, std::int64_t features) const {
+    const std::int64_t count = (tokens + k_.columns - 1) / k_.columns;
+    return {Scratch<Tag>::template get<float>(std::size_t(count * features * k_.columns)), tokens, features, k_.columns};
+  }
+
+  std::int64_t features_at_once(std::int64_t depth, int unit) const {
+    return std::max<std::int64_t>(kMostWeights / depth / unit, 1) * unit;
+  }
+
+  // Rows rows[0 ... count) of m as slivers over columns col ... col + depth.
+  Slivers decode_rows(const lt_matrix& m, const std::int32_t* rows, std::int64_t count, std::int64_t col, std::int64_t depth) const {
+    float* data = Scratch<WeightScratch>::get<float>(std::size_t(count * depth));
+    const Slivers w{data, count, depth, k_.rows};
+    parallel_for(w.count(), threads_, [&](std::int64_t s) {
+      const std::int64_t first = s * w.rows, listed = count - first;
+      f_.sliver_of_rows(m, rows + first, int(std::min<std::int64_t>(w.rows, listed)), listed, col, depth, data + first * depth);
+    });
+    return w;
+  }
+
+  // Columns col ... col + count of m as slivers over rows row ... row + depth.
+  Slivers decode_columns(const lt_matrix& m, std::int64_t col, std::int64_t count, std::int64_t row, std::int64_t depth) const {
+    float* data = Scratch<WeightScratch>::get<float>(std::size_t(count * depth));
+    const std::int64_t groups = (count + f_.group - 1) / f_.group, pieces = (depth + kRowsOfTask - 1) / kRowsOfTask;
+    parallel_for(groups * pieces, threads_, [&](std::int64_t task) {
+      const std::int64_t c = task / pieces * f_.group, first = task % pieces * kRowsOfTask;
+      f_.slivers_of_columns(m, col + c, int(std::min<std::int64_t>(f_.group, count - c)), row, depth, first,
+                            std::min(depth, first + kRowsOfTask), data + c * depth);
+    });
+    return {data, count, depth, k_.rows};
+  }
+
+  // body(panel, first sliver, last) for all slivers of every panel; pack(panel) before the first of a panel. Where there are
+  // few panels, their slivers are shared out too.
+  template <class Pack, class Body>
+  void each(const Panels& panels, std::int64_t slivers, const Pack& pack, const Body& body) const {
+    constexpr std::int64_t kTasksOfThread = 8;
+    const std::int64_t count = panels.count(), wanted = threads_ == 1 ? 1 : kTasksOfThread * threads_;
+    const std::int64_t ranges = std::max<std::int64_t>(1, std::min(slivers, count >= wanted ? 1 : (wanted + count - 1) / count));
+    if (ranges > 1) parallel_for(count, threads_, pack);
+    parallel_for(count * ranges, threads_, [&](std::int64_t task) {
+      const std::int64_t p = task / ranges, range = task % ranges;
+      if (ranges == 1) pack(p);
+      body(p, slivers * range / ranges, slivers * (range + 1) / ranges);
+    });
+  }
+
+  // c, (features, width), of slivers [first, last) times one panel.
+  void multiply(const Slivers& w, std::int64_t first, std::int64_t last, const float* panel, int tokens, bool accumulate,
+                float* c) const {
+    // Whole vectors, since what lies beside the tokens is multiplied again.
+    const int lanes = tokens <= k_.columns / 2 ? k_.columns / 2 : k_.columns;
+    for (std::int64_t s = first; s < last; ++s, c += w.rows * k_.columns) {
+      const int rows = int(std::min<std::int64_t>(w.rows, w.features - s * w.rows));
+      k_.tile({w.data + s * w.rows * w.depth, panel, w.depth, nullptr, nullptr, 0, c, k_.columns, rows, lanes, accumulate, nullptr});
+    }
+  }
+
+  // The outputs of one panel from the first of others_[from ... to) up to the next behind them, pivots among them; z has the
+  // results of the others.
+  void put_outputs(const Panels& inner, std::int64_t p, std::int64_t from, std::int64_t to, const float* z, const float* bias,
+                   float* y) const {
+    const std::int64_t N = std::int64_t(places_.size()), M = std::int64_t(others_.size()), r = right_.rows;
+    const std::int64_t begin = from == 0 ? 0 : others_[from], end = to == M ? N : others_[to];
+    const float* rows[kPanelGroup];
+    for (std::int64_t o = begin; o < end; o += kPanelGroup) {
+      const int count = int(std::min<std::int64_t>(kPanelGroup, end - o));
+      for (int i = 0; i < count; ++i) {
+        const std::int32_t place = places_[o + i];
+        rows[i] = place < r ? inner.row(p, place) : z;
+        if (place >= r) z += k_.columns;
+      }
+      f_.turn(rows, bias == nullptr ? nullptr : bias + o, count, inner.tokens_of(p), y + p * k_.columns * N + o, N);
+    }
+  }
+
+  void put_columns(const float* z, std::int64_t columns, int tokens, float* dx) const {
+    const float* rows[kPanelGroup];
+    for (std::int64_t c = 0; c < columns; c += kPanelGroup) {
+      const int count = int(std::min<std::int64_t>(kPanelGroup, columns - c));
+      for (int i = 0; i < count; ++i) rows[i] = z + (c + i) * k_.columns;
+      f_.turn(rows, nullptr, count, tokens, dx + c, right_.cols);
+    }
+  }
+
+  // The outputs' gradients of one panel, each to the row that gave it. Rows may have given several outputs, or none.
+  void take_outputs(const Panels& given, std::int64_t p, const float* dy) const {
+    const std::int64_t N = std::int64_t(places_.size()), width = k_.columns;
+    const lt_matrix source = dense(dy, given.tokens, N);
+    const int tokens = given.tokens_of(p);
+    if (is_plain_) return k_.panels_forward(source, p * width, tokens, 0, N, given.row(p, right_.rows));
+    float* side = Scratch<ResultScratch>::get<float>(std::size_t(kPanelGroup * width));
+    for (std::int64_t o = 0; o < N; o += kPanelGroup) {
+      const std::int64_t here = std::min<std::int64_t>(kPanelGroup, N - o);
+      k_.panels_forward(source, p * width, tokens, o, here, side);
+      for (std::int64_t i = 0; i < here; ++i) {
+        float* row = given.row(p, places_[o + i]);
+        if (again_[o + i]) {
+          for (std::int64_t t = 0; t < width; ++t) row[t] += side[i * width + t];
+        } else {
+          std::copy_n(side + i * width, width, row);
+        }
+      }
+    }
+    for (std::int32_t f : unused_) std::fill_n(given.row(p, f), width, 0.0f);
+  }
+
+  const LinearTable& k_ = table(linear_tables, tiles_isa());
+  const FactoredTable& f_ = table(factored_tables, tiles_isa());
+  const lt_matrix &right_, &left_;
+  const int threads_;
+  bool is_plain_;
+  std::vector<std::int32_t> places_, others_, left_rows_;  // of outputs; outputs that L gives, and its rows for them
+  std::vector<char> again_;                                // whether an earlier output has the same place
+  std::vector<std::int32_t> unused_;                       // places that no output has
+};
+
+// A few tokens: one product after the other, row by row of the factors.
+int forward_few(const float* x, std::int64_t T, const lt_factors& f, const float* bias, float* y, int threads) {
+  const std::int64_t r = f.right->rows, M = f.left->rows;
+  float* inner = Scratch<InnerScratch>::get<float>(std::size_t(T * r));
+  float* rest = f.places == nullptr ? y : Scratch<InputScratch>::get<float>(std::size_t(T * M));
+  lt_linear first{}, second{};
+  first.matrix = f.right;
+  first.y = inner;
+  second.matrix = f.left;
+  second.y = rest;
+  second.bias = f.places == nullptr ? bias : nullptr;
+  int status = lt_linear_forward(x, T, &first, 1, threads);
+  if (status == LT_OK) status = lt_linear_forward(inner, T, &second, 1, threads);
+  if (status != LT_OK || f.places == nullptr) return status;
+  for (std::int64_t t = 0; t < T; ++t) {
+    for (std::int64_t o = 0; o < f.outputs; ++o) {
+      const std::int32_t place = f.places[o];
+      y[t * f.outputs + o] = (place < r ? inner[t * r + place] : rest[t * M + place - r]) + (bias == nullptr ? 0.0f : bias[o]);
+    }
+  }
+  return LT_OK;
+}
+
+bool factors_fit(const lt_factors* f) {
+  if (f == nullptr || !fits(f->right) || !fits(f->left) || f->right->transposed || f->left->transposed) return false;
+  if (f->left->cols != f->right->rows || (f->places != nullptr && f->outputs < 1)) return false;
+  const std::int64_t rows = f->right->rows + f->left->rows;
+  return f->places == nullptr || std::all_of(f->places, f->places + f->outputs, [&](auto p) { return p >= 0 && p < rows; });
+}
+
+}  // namespace
+}  // namespace lt
+
+// y: (T, outputs) = x (L R)^T + bias, outputs in the order of their places. x: (T, cols of R); bias: (outputs,) or null.
+LT_API int lt_factored_forward(const float* x, std::int64_t T, const lt_factors* factors, const float* bias, float* y, int threads) {
+  if (lt_missing(x, y) || T < 0 || threads < 1 || !lt::factors_fit(factors)) return LT_BAD_ARGUMENT;
+  LT_GUARD({
+    if (T <= lt::kFewTokens) return lt::forward_few(x, T, *factors, bias, y, threads);
+    const lt::Factored product(*factors, threads);
+    const std::int64_t K = factors->right->cols, N = factors->places != nullptr ? factors->outputs : factors->left->rows;
+    const std::int64_t rows = product.block(T, factors->right->rows);
+    for (std::int64_t t = 0; t < T; t += rows) product.forward(x + t * K, std::min(rows, T - t), bias, y + t * N);
+  })
+}
+
+// dx: (T, cols of R) = dy L R, overwritten. dy: (T, outputs), in the order of their places.
+LT_API int lt_factored_backward_input(float* dx, std::int64_t T, const lt_factors* factors, const float* dy, int threads) {
+  if (lt_missing(dx, dy) || T < 0 || threads < 1 || !lt::factors_fit(factors)) return LT_BAD_ARGUMENT;
+  LT_GUARD({
+    const lt::Factored product(*factors, threads);
+    const std::int64_t K = factors->right->cols, N = factors->places != nullptr ? factors->outputs : factors->left->rows;
+    const std::int64_t rows = product.block(std::max<std::int64_t>(T, 1), factors->right->rows + factors->left->rows);
+    for (std::int64_t t = 0; t < T; t += rows) product.backward(dx + t * K, std::min(rows, T - t), dy + t * N);
+  })
+}
