@@ -155,7 +155,7 @@ def test_ops_are_registered_as_torch_wants_them(form):
 
 
 def test_what_does_not_fit_is_refused():
-    left, right, places, x, bias, _ = example(("f32", "f32"), (6, 20, 32, 8), "pivoted")
+    left, right, places, x, _, _ = example(("f32", "f32"), (6, 20, 32, 8), "pivoted")
     with pytest.raises(ShapeError, match=r"x must be float32, in which all products are computed; got torch.float64"):
         factored_linear(x.double(), left, right)
     with pytest.raises(
