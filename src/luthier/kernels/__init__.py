@@ -6,5 +6,6 @@ from luthier.kernels.native import Active, active
 from luthier.kernels.storage import Storage
 
 __all__ = [
-    "Active", "Part", "Storage", "Term", "active", "dequantize", "factored_linear", "frozen_linear", "frozen_linear_group", "rows",
+    "Active", "Part", "Storage", "Term", "active", "dequantize", "factored_linear", "frozen_linear", "frozen_linear_group",
+    "rows",
 ]  # fmt: skip

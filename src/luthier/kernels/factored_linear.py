@@ -119,7 +119,7 @@ def _backward_input_fake(dy, left, left_layout, left_numbers, right, right_layou
 
 
 def _forward_native(x, left, left_layout, left_numbers, right, right_layout, right_numbers, places, bias) -> Tensor:
-    L, R, factors = _factors(left, left_layout, left_numbers, right, right_layout, right_numbers, places)
+    _, R, factors = _factors(left, left_layout, left_numbers, right, right_layout, right_numbers, places)
     tokens = native.check_tensor(x, "x", F32, (None, R.cols)).shape[0]
     outputs = factors.outputs
     shift = None if bias is None else native.check_tensor(bias, "bias", F32, (outputs,)).data_ptr()
@@ -131,7 +131,7 @@ def _forward_native(x, left, left_layout, left_numbers, right, right_layout, rig
 
 
 def _backward_input_native(dy, left, left_layout, left_numbers, right, right_layout, right_numbers, places) -> Tensor:
-    L, R, factors = _factors(left, left_layout, left_numbers, right, right_layout, right_numbers, places)
+    _, R, factors = _factors(left, left_layout, left_numbers, right, right_layout, right_numbers, places)
     tokens = native.check_tensor(dy, "dy", F32, (None, factors.outputs)).shape[0]
     dx = dy.new_empty(tokens, R.cols)
     call = native.entry("lt_factored_backward_input", c_void_p, c_int64, POINTER(Factors), c_void_p, c_int)

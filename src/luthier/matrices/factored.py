@@ -112,11 +112,12 @@ class FactoredMatrix(FrozenMatrix):
 
     def matmul(self, x: Tensor, bias: Tensor | None = None, term: kernels.Term | None = None) -> Tensor:
         """x W^T + bias + term in x's dtype, W never formed. x: (..., in_features) -> (..., out_features)."""
-        if not self._has_kernel(x):
-            return self.matmul_after(self.inner(x), x, bias, term)
-        return self._with_term(
-            kernels.factored_linear(x, self.left.storage(), self.right.storage(), self.places, bias), x, term
-        )
+        left, right = self.left, self.right
+        # One kernel multiplies both: float32 on the CPU, as in `product`, and factors that are stored and frozen.
+        fits = x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0 and self.base is None
+        if not fits or not _is_frozen(left) or not _is_frozen(right):
+            return self.matmul_after(right.matmul(x), x, bias, term)
+        return self._with_term(kernels.factored_linear(x, left.storage(), right.storage(), self.places, bias), x, term)
 
     def matmul_after(self, inner: Tensor, x: Tensor, bias: Tensor | None = None, term: kernels.Term | None = None) -> Tensor:
         """`matmul` where `inner(x)` is known already, from a layer that shares the right factor."""
@@ -129,13 +130,6 @@ class FactoredMatrix(FrozenMatrix):
             y = torch.cat([inner, self.left.matmul(inner)], -1).index_select(-1, self.places.to(torch.int64))
             y = y if bias is None else y + bias.to(y.dtype)
         return self._with_term(y, x, term)
-
-    def _has_kernel(self, x: Tensor) -> bool:
-        """Whether one kernel multiplies both factors: float32 on the CPU, as in `product`, and both stored and frozen."""
-        fits = x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0 and self.base is None
-        return fits and all(
-            isinstance(part, StoredMatrix) and not part.weight.requires_grad for part in (self.left, self.right)
-        )
 
     @staticmethod
     def _with_term(y: Tensor, x: Tensor, term: kernels.Term | None) -> Tensor:
@@ -168,6 +162,11 @@ class FactoredMatrix(FrozenMatrix):
 
     def _parts(self) -> list[StoredMatrix]:
         return [self.left, self.right, *([] if self.base is None else [self.base])]
+
+
+def _is_frozen(part: StoredMatrix) -> bool:
+    # While a compressed model heals, parts are of a kind that is none of these.
+    return isinstance(part, StoredMatrix) and not part.weight.requires_grad
 
 
 def _problem(left: StoredMatrix, right: StoredMatrix, base: StoredMatrix | None, places: Tensor | None) -> str | None:

@@ -28,6 +28,7 @@ constexpr std::int64_t kSliversOfTurn = 16;
 constexpr std::int64_t kRowsOfTask = 64;
 
 struct WeightScratch {};
+struct LeftScratch {};
 struct InputScratch {};
 struct InnerScratch {};
 struct ResultScratch {};
@@ -81,21 +82,25 @@ class Factored {
     const Panels input = panels<InputScratch>(T, depth), inner = panels<InnerScratch>(T, r);
     std::vector<std::int32_t> rows(static_cast<std::size_t>(r));
     for (std::int64_t i = 0; i < r; ++i) rows[i] = std::int32_t(i);
+    // What fits is decoded together, so that threads wait for each other less often.
+    const std::int64_t M = std::int64_t(others_.size()), most_left = features_at_once(r, k_.rows);
+    const Rows left = rows_of<LeftScratch>(left_, left_rows_.data(), std::min(most_left, M), 0, r);
+    const bool together = K <= depth && (K + M) * r <= kMostWeights;
     for (std::int64_t k0 = 0; k0 < K; k0 += depth) {
       const std::int64_t here = std::min(depth, K - k0), most = features_at_once(here, k_.rows);
       for (std::int64_t r0 = 0; r0 < r; r0 += most) {
-        const Slivers w = decode_rows(right_, rows.data() + r0, std::min(most, r - r0), k0, here);
+        const Slivers w = decode(rows_of<WeightScratch>(right_, rows.data() + r0, std::min(most, r - r0), k0, here), together ? &left : nullptr);
         const auto pack = [&](std::int64_t p) {
-          if (r0 == 0) k_.panels_forward(dense(x, T, K), p * k_.columns, inner.tokens_of(p), k0, here, input.row(p, 0));
+          if (r0 == 0) take_tokens(x + p * k_.columns * K + k0, K, inner.tokens_of(p), here, input.row(p, 0));
         };
         each(inner, w.count(), pack, [&](std::int64_t p, std::int64_t first, std::int64_t last) {
           multiply(w, first, last, input.row(p, 0), inner.tokens_of(p), k0 > 0, inner.row(p, r0 + first * w.rows));
         });
       }
     }
-    const std::int64_t M = std::int64_t(others_.size()), most = features_at_once(r, k_.rows);
-    for (std::int64_t m0 = 0; m0 == 0 || m0 < M; m0 += most) {
-      const Slivers w = decode_rows(left_, left_rows_.data() + m0, std::min(most, M - m0), 0, r);
+    for (std::int64_t m0 = 0; m0 == 0 || m0 < M; m0 += most_left) {
+      const Rows part = rows_of<LeftScratch>(left_, left_rows_.data() + m0, std::min(most_left, M - m0), 0, r);
+      const Slivers w = together ? part.slivers : decode(part, nullptr);
       const auto nothing = [](std::int64_t) {};
       each(inner, w.count(), nothing, [&](std::int64_t p, std::int64_t first, std::int64_t last) {
         float* z = Scratch<ResultScratch>::get<float>(std::size_t(kSliversOfTurn * w.rows * k_.columns));
@@ -152,15 +157,32 @@ class Factored {
     return std::max<std::int64_t>(kMostWeights / depth / unit, 1) * unit;
   }
 
-  // Rows rows[0 ... count) of m as slivers over columns col ... col + depth.
-  Slivers decode_rows(const lt_matrix& m, const std::int32_t* rows, std::int64_t count, std::int64_t col, std::int64_t depth) const {
-    float* data = Scratch<WeightScratch>::get<float>(std::size_t(count * depth));
-    const Slivers w{data, count, depth, k_.rows};
-    parallel_for(w.count(), threads_, [&](std::int64_t s) {
-      const std::int64_t first = s * w.rows, listed = count - first;
-      f_.sliver_of_rows(m, rows + first, int(std::min<std::int64_t>(w.rows, listed)), listed, col, depth, data + first * depth);
+  // Rows of a matrix that are to be slivers over its columns from `col`.
+  struct Rows {
+    const lt_matrix& matrix;
+    const std::int32_t* rows;
+    std::int64_t col;
+    float* data;
+    Slivers slivers;
+  };
+
+  template <class Tag>
+  Rows rows_of(const lt_matrix& m, const std::int32_t* rows, std::int64_t count, std::int64_t col, std::int64_t depth) const {
+    float* data = Scratch<Tag>::template get<float>(std::size_t(count * depth));
+    return {m, rows, col, data, {data, count, depth, k_.rows}};
+  }
+
+  // Decodes these rows, and others at the same time.
+  Slivers decode(const Rows& own, const Rows* also) const {
+    const std::int64_t count = own.slivers.count();
+    parallel_for(count + (also == nullptr ? 0 : also->slivers.count()), threads_, [&](std::int64_t task) {
+      const Rows& part = task < count ? own : *also;
+      const Slivers& w = part.slivers;
+      const std::int64_t first = (task < count ? task : task - count) * w.rows, listed = w.features - first;
+      f_.sliver_of_rows(part.matrix, part.rows + first, int(std::min<std::int64_t>(w.rows, listed)), listed, part.col, w.depth,
+                        part.data + first * w.depth);
     });
-    return w;
+    return own.slivers;
   }
 
   // Columns col ... col + count of m as slivers over rows row ... row + depth.
@@ -188,6 +210,14 @@ class Factored {
       if (ranges == 1) pack(p);
       body(p, slivers * range / ranges, slivers * (range + 1) / ranges);
     });
+  }
+
+  // A panel of tokens' numbers, (tokens, depth), rows `stride` apart.
+  void take_tokens(const float* x, std::int64_t stride, int tokens, std::int64_t depth, float* panel) const {
+    // Rows whole pages apart fall on one set of the nearest cache: there the detour by a copy is faster.
+    constexpr std::int64_t kPage = 1024;
+    if (tokens == k_.columns && stride % kPage != 0) return f_.panel(x, stride, depth, panel);
+    k_.panels_forward(dense(x, tokens, stride), 0, tokens, 0, depth, panel);
   }
 
   // c, (features, width), of slivers [first, last) times one panel.
@@ -231,13 +261,13 @@ class Factored {
   // The outputs' gradients of one panel, each to the row that gave it. Rows may have given several outputs, or none.
   void take_outputs(const Panels& given, std::int64_t p, const float* dy) const {
     const std::int64_t N = std::int64_t(places_.size()), width = k_.columns;
-    const lt_matrix source = dense(dy, given.tokens, N);
     const int tokens = given.tokens_of(p);
-    if (is_plain_) return k_.panels_forward(source, p * width, tokens, 0, N, given.row(p, right_.rows));
+    dy += p * width * N;
+    if (is_plain_) return take_tokens(dy, N, tokens, N, given.row(p, right_.rows));
     float* side = Scratch<ResultScratch>::get<float>(std::size_t(kPanelGroup * width));
     for (std::int64_t o = 0; o < N; o += kPanelGroup) {
       const std::int64_t here = std::min<std::int64_t>(kPanelGroup, N - o);
-      k_.panels_forward(source, p * width, tokens, o, here, side);
+      take_tokens(dy + o, N, tokens, here, side);
       for (std::int64_t i = 0; i < here; ++i) {
         float* row = given.row(p, places_[o + i]);
         if (again_[o + i]) {

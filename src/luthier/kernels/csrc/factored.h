@@ -15,6 +15,8 @@ struct FactoredTable {
   // `row` those from `first` to `last` are filled in. `col` is a multiple of 32.
   void (*slivers_of_columns)(const lt_matrix& m, std::int64_t col, int count, std::int64_t row, std::int64_t depth,
                              std::int64_t first, std::int64_t last, float* slivers);
+  // A full panel [depth][C] of C tokens, (C, depth), `stride` apart.
+  void (*panel)(const float* x, std::int64_t stride, std::int64_t depth, float* panel);
   // y[t * ld + i] = rows[i][t] + bias[i] for `count` rows and so many tokens; bias may be null.
   void (*turn)(const float* const* rows, const float* bias, int count, int tokens, float* y, std::int64_t ld);
   int group;  // columns of `slivers_of_columns`: a multiple of a sliver's and of 32

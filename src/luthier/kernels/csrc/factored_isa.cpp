@@ -93,35 +93,50 @@ void slivers_of_columns(const lt_matrix& m, std::int64_t col, int count, std::in
   with_format(m, [&](const auto& format) { columns_of(format, col, count, row, depth, first, last, slivers); });
 }
 
-void turn(const float* const* rows, const float* bias, int count, int tokens, float* y, std::int64_t ld) {
+void panel(const float* x, const std::int64_t stride, const std::int64_t depth, float* panel) {
+  std::int64_t k = 0;
+  for (; k + VL <= depth; k += VL) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kColumns; j += VL) transpose(x + j * stride + k, stride, panel + k * kColumns + j, kColumns);
+  }
+  for (; k < depth; ++k) {
+    for (int j = 0; j < kColumns; ++j) panel[k * kColumns + j] = x[j * stride + k];
+  }
+}
+
+void turn(const float* const* rows, const float* bias, const int count, const int tokens, float* y, const std::int64_t ld) {
   alignas(64) float side[VL][VL], turned[VL][VL];
-  for (int first = 0; first < count; first += VL) {
-    const int outputs = count - first < VL ? count - first : VL;
-    const float* from[VL];
-    vf shift[VL];
-#pragma GCC unroll 16
-    for (int i = 0; i < VL; ++i) {
-      from[i] = rows[first + (i < outputs ? i : 0)];
-      shift[i] = bias == nullptr || i >= outputs ? zero() : set1(bias[first + i]);
-    }
-    for (int t = 0; t < tokens; t += VL) {
-      const int here = tokens - t < VL ? tokens - t : VL;
-#pragma GCC unroll 16
-      for (int i = 0; i < VL; ++i) store(side[i], load(from[i] + t) + shift[i]);
+  for (int t = 0; t < tokens; t += VL) {
+    const int here = tokens - t < VL ? tokens - t : VL;
+    for (int first = 0; first < count; first += VL) {
       float* to = y + t * ld + first;
-      if (outputs == VL && here == VL) {
-        transpose(&side[0][0], VL, to, ld);
-        continue;
+      if (first + VL <= count) {
+        if (bias == nullptr) {
+#pragma GCC unroll 16
+          for (int i = 0; i < VL; ++i) store(side[i], load(rows[first + i] + t));
+        } else {
+#pragma GCC unroll 16
+          for (int i = 0; i < VL; ++i) store(side[i], load(rows[first + i] + t) + set1(bias[first + i]));
+        }
+        if (here == VL) {
+          transpose(&side[0][0], VL, to, ld);
+          continue;
+        }
+      } else {
+        for (int i = 0; i < VL; ++i) {
+          const vf shift = bias == nullptr || first + i >= count ? zero() : set1(bias[first + i]);
+          store(side[i], first + i < count ? load(rows[first + i] + t) + shift : zero());
+        }
       }
       transpose(&side[0][0], VL, &turned[0][0], VL);
-      for (int q = 0; q < here; ++q) put_exactly(turned[q], outputs, to + q * ld);
+      for (int q = 0; q < here; ++q) put_exactly(turned[q], count - first < VL ? count - first : VL, to + q * ld);
     }
   }
 }
 
 }  // namespace
 
-LT_DEFINE_TABLE(FactoredTable, factored) = {&sliver_of_rows, &slivers_of_columns, &turn, kGroup};
+LT_DEFINE_TABLE(FactoredTable, factored) = {&sliver_of_rows, &slivers_of_columns, &panel, &turn, kGroup};
 
 }  // namespace LT_NAMESPACE
 }  // namespace lt
