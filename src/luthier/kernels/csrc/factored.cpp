@@ -22,8 +22,10 @@ namespace {
 constexpr std::int64_t kMostRows = 1024, kMostNumbers = 1 << 22;
 // Weights that are decoded at a time: 4 MB, which every thread reads from the third-level cache.
 constexpr std::int64_t kMostWeights = 1 << 20;
-// Slivers of results between turns: some 200 features of a panel's tokens, which stay in the nearest cache.
-constexpr std::int64_t kSliversOfTurn = 16;
+// Slivers that meet one panel after the other: some 200 features of results to turn, and 512 KB of weights.
+constexpr std::int64_t kSliversOfTurn = 16, kNumbersOfStretch = 1 << 17;
+// Panels of a task; tasks for each thread where there are fewer panels than that.
+constexpr std::int64_t kPanelsOfTask = 4, kTasksOfThread = 8;
 // Rows of a matrix that a task decodes columns of.
 constexpr std::int64_t kRowsOfTask = 64;
 
@@ -93,7 +95,7 @@ class Factored {
         const auto pack = [&](std::int64_t p) {
           if (r0 == 0) take_tokens(x + p * k_.columns * K + k0, K, inner.tokens_of(p), here, input.row(p, 0));
         };
-        each(inner, w.count(), pack, [&](std::int64_t p, std::int64_t first, std::int64_t last) {
+        each(inner, w, pack, [&](std::int64_t p, std::int64_t first, std::int64_t last) {
           multiply(w, first, last, input.row(p, 0), inner.tokens_of(p), k0 > 0, inner.row(p, r0 + first * w.rows));
         });
       }
@@ -102,15 +104,10 @@ class Factored {
       const Rows part = rows_of<LeftScratch>(left_, left_rows_.data() + m0, std::min(most_left, M - m0), 0, r);
       const Slivers w = together ? part.slivers : decode(part, nullptr);
       const auto nothing = [](std::int64_t) {};
-      each(inner, w.count(), nothing, [&](std::int64_t p, std::int64_t first, std::int64_t last) {
+      each(inner, w, nothing, [&](std::int64_t p, std::int64_t first, std::int64_t last) {
         float* z = Scratch<ResultScratch>::get<float>(std::size_t(kSliversOfTurn * w.rows * k_.columns));
-        std::int64_t s = first;
-        do {
-          const std::int64_t end = std::min(last, s + kSliversOfTurn);
-          multiply(w, s, end, inner.row(p, 0), inner.tokens_of(p), false, z);
-          put_outputs(inner, p, m0 + s * w.rows, std::min(M, m0 + std::min(end * w.rows, w.features)), z, bias, y);
-          s = end;
-        } while (s < last);
+        multiply(w, first, last, inner.row(p, 0), inner.tokens_of(p), false, z);
+        put_outputs(inner, p, m0 + first * w.rows, m0 + std::min(last * w.rows, w.features), z, bias, y);
       });
     }
   }
@@ -126,7 +123,7 @@ class Factored {
         const auto pack = [&](std::int64_t p) {
           if (n0 == 0 && c0 == 0) take_outputs(given, p, dy);
         };
-        each(given, w.count(), pack, [&](std::int64_t p, std::int64_t first, std::int64_t last) {
+        each(given, w, pack, [&](std::int64_t p, std::int64_t first, std::int64_t last) {
           multiply(w, first, last, given.row(p, r + n0), given.tokens_of(p), !is_plain_ || n0 > 0, given.row(p, c0 + first * w.rows));
         });
       }
@@ -135,13 +132,11 @@ class Factored {
     for (std::int64_t c0 = 0; c0 < K; c0 += most) {
       const Slivers w = decode_columns(right_, c0, std::min(most, K - c0), 0, r);
       const auto nothing = [](std::int64_t) {};
-      each(given, w.count(), nothing, [&](std::int64_t p, std::int64_t first, std::int64_t last) {
+      each(given, w, nothing, [&](std::int64_t p, std::int64_t first, std::int64_t last) {
         float* z = Scratch<ResultScratch>::get<float>(std::size_t(kSliversOfTurn * w.rows * k_.columns));
-        for (std::int64_t s = first; s < last; s += kSliversOfTurn) {
-          const std::int64_t end = std::min(last, s + kSliversOfTurn), from = s * w.rows;
-          multiply(w, s, end, given.row(p, 0), given.tokens_of(p), false, z);
-          put_columns(z, std::min(end * w.rows, w.features) - from, given.tokens_of(p), dx + p * k_.columns * K + c0 + from);
-        }
+        multiply(w, first, last, given.row(p, 0), given.tokens_of(p), false, z);
+        const std::int64_t from = first * w.rows, columns = std::min(last * w.rows, w.features) - from;
+        put_columns(z, columns, given.tokens_of(p), dx + p * k_.columns * K + c0 + from);
       });
     }
   }
@@ -197,18 +192,28 @@ class Factored {
     return {data, count, depth, k_.rows};
   }
 
-  // body(panel, first sliver, last) for all slivers of every panel; pack(panel) before the first of a panel. Where there are
-  // few panels, their slivers are shared out too.
+  // body(panel, first sliver, last) for all slivers of every panel, pack(panel) before the first of a panel. A task is a few
+  // panels, which every stretch of slivers meets while it is in the second-level cache. Where there are few panels, each is
+  // a task and its slivers are shared out too.
   template <class Pack, class Body>
-  void each(const Panels& panels, std::int64_t slivers, const Pack& pack, const Body& body) const {
-    constexpr std::int64_t kTasksOfThread = 8;
-    const std::int64_t count = panels.count(), wanted = threads_ == 1 ? 1 : kTasksOfThread * threads_;
-    const std::int64_t ranges = std::max<std::int64_t>(1, std::min(slivers, count >= wanted ? 1 : (wanted + count - 1) / count));
-    if (ranges > 1) parallel_for(count, threads_, pack);
-    parallel_for(count * ranges, threads_, [&](std::int64_t task) {
-      const std::int64_t p = task / ranges, range = task % ranges;
-      if (ranges == 1) pack(p);
-      body(p, slivers * range / ranges, slivers * (range + 1) / ranges);
+  void each(const Panels& panels, const Slivers& w, const Pack& pack, const Body& body) const {
+    const std::int64_t P = panels.count(), S = w.count();
+    const bool many = threads_ == 1 || P >= kPanelsOfTask * threads_;
+    const std::int64_t groups = many ? threads_ * ((P + kPanelsOfTask * threads_ - 1) / (kPanelsOfTask * threads_)) : P;
+    const std::int64_t ranges = many ? 1 : std::max<std::int64_t>(1, std::min(S, (kTasksOfThread * threads_ + P - 1) / P));
+    // Eight slivers hold a multiple of a cache line's results.
+    const std::int64_t most = std::min(kSliversOfTurn, kNumbersOfStretch / (w.rows * w.depth));
+    const std::int64_t step = most >= 8 ? most / 8 * 8 : std::max<std::int64_t>(1, most);
+    if (!many) parallel_for(P, threads_, pack);
+    parallel_for(groups * ranges, threads_, [&](std::int64_t task) {
+      const std::int64_t group = task / ranges, range = task % ranges, end = S * (range + 1) / ranges;
+      const std::int64_t p0 = P * group / groups, p1 = P * (group + 1) / groups;
+      for (std::int64_t p = p0; many && p < p1; ++p) pack(p);
+      std::int64_t s = S * range / ranges;
+      do {  // once where there are no slivers: outputs that are all pivots
+        for (std::int64_t p = p0; p < p1; ++p) body(p, s, std::min(end, s + step));
+        s += step;
+      } while (s < end);
     });
   }
 
