@@ -80,18 +80,21 @@ class Factored {
 
   // Of T tokens; the first product gives every panel's inner result, the second what is left of the outputs.
   void forward(const float* x, std::int64_t T, const float* bias, float* y) const {
-    const std::int64_t K = right_.cols, r = right_.rows, depth = piece(K, k_.depth, kPanelGroup);
-    const Panels input = panels<InputScratch>(T, depth), inner = panels<InnerScratch>(T, r);
+    const std::int64_t K = right_.cols, r = right_.rows, M = std::int64_t(others_.size()), depth = piece(K, k_.depth, kPanelGroup);
     std::vector<std::int32_t> rows(static_cast<std::size_t>(r));
     for (std::int64_t i = 0; i < r; ++i) rows[i] = std::int32_t(i);
-    // What fits is decoded together, so that threads wait for each other less often.
-    const std::int64_t M = std::int64_t(others_.size()), most_left = features_at_once(r, k_.rows);
-    const Rows left = rows_of<LeftScratch>(left_, left_rows_.data(), std::min(most_left, M), 0, r);
-    const bool together = K <= depth && (K + M) * r <= kMostWeights;
+    const Output output{bias, y};
+    if (K <= depth && (K + M) * r <= kMostWeights && has_many(T)) {
+      const Rows right = rows_of<WeightScratch>(right_, rows.data(), r, 0, K);
+      const Rows left = rows_of<LeftScratch>(left_, left_rows_.data(), M, 0, r);
+      decode(right, &left);
+      return both(x, T, right.slivers, left.slivers, output);
+    }
+    const Panels input = panels<InputScratch>(T, depth), inner = panels<InnerScratch>(T, r);
     for (std::int64_t k0 = 0; k0 < K; k0 += depth) {
       const std::int64_t here = std::min(depth, K - k0), most = features_at_once(here, k_.rows);
       for (std::int64_t r0 = 0; r0 < r; r0 += most) {
-        const Slivers w = decode(rows_of<WeightScratch>(right_, rows.data() + r0, std::min(most, r - r0), k0, here), together ? &left : nullptr);
+        const Slivers w = decode(rows_of<WeightScratch>(right_, rows.data() + r0, std::min(most, r - r0), k0, here), nullptr);
         const auto pack = [&](std::int64_t p) {
           if (r0 == 0) take_tokens(x + p * k_.columns * K + k0, K, inner.tokens_of(p), here, input.row(p, 0));
         };
@@ -100,14 +103,12 @@ class Factored {
         });
       }
     }
-    for (std::int64_t m0 = 0; m0 == 0 || m0 < M; m0 += most_left) {
-      const Rows part = rows_of<LeftScratch>(left_, left_rows_.data() + m0, std::min(most_left, M - m0), 0, r);
-      const Slivers w = together ? part.slivers : decode(part, nullptr);
+    const std::int64_t most = features_at_once(r, k_.rows);
+    for (std::int64_t m0 = 0; m0 == 0 || m0 < M; m0 += most) {
+      const Slivers w = decode(rows_of<LeftScratch>(left_, left_rows_.data() + m0, std::min(most, M - m0), 0, r), nullptr);
       const auto nothing = [](std::int64_t) {};
       each(inner, w, nothing, [&](std::int64_t p, std::int64_t first, std::int64_t last) {
-        float* z = Scratch<ResultScratch>::get<float>(std::size_t(kSliversOfTurn * w.rows * k_.columns));
-        multiply(w, first, last, inner.row(p, 0), inner.tokens_of(p), false, z);
-        put_outputs(inner, p, m0 + first * w.rows, m0 + std::min(last * w.rows, w.features), z, bias, y);
+        second(inner, p, w, m0, first, last, output, y + p * k_.columns * std::int64_t(places_.size()));
       });
     }
   }
@@ -142,6 +143,59 @@ class Factored {
   }
 
  private:
+  struct Output {
+    const float* bias;
+    float* y;
+  };
+
+  // Both products of a few panels at a time, one after the other while these are near: weights are all decoded.
+  void both(const float* x, std::int64_t T, const Slivers& right, const Slivers& left, const Output& output) const {
+    const std::int64_t K = right_.cols, r = right_.rows, N = std::int64_t(places_.size()), groups = groups_of(T);
+    const std::int64_t P = (T + k_.columns - 1) / k_.columns;
+    parallel_for(groups, threads_, [&](std::int64_t group) {
+      const std::int64_t t0 = P * group / groups * k_.columns, t1 = std::min(T, P * (group + 1) / groups * k_.columns);
+      const Panels input = panels<InputScratch>(t1 - t0, K), inner = panels<InnerScratch>(t1 - t0, r);
+      for (std::int64_t p = 0; p < input.count(); ++p) {
+        take_tokens(x + (t0 + p * k_.columns) * K, K, input.tokens_of(p), K, input.row(p, 0));
+      }
+      stretches(right, 0, right.count(), 0, input.count(), [&](std::int64_t p, std::int64_t first, std::int64_t last) {
+        multiply(right, first, last, input.row(p, 0), input.tokens_of(p), false, inner.row(p, first * right.rows));
+      });
+      stretches(left, 0, left.count(), 0, input.count(), [&](std::int64_t p, std::int64_t first, std::int64_t last) {
+        second(inner, p, left, 0, first, last, output, output.y + (t0 + p * k_.columns) * N);
+      });
+    });
+  }
+
+  // Slivers [first, last) of L times one panel's inner result, and the outputs up to theirs. w begins with the m0-th output
+  // that is no pivot; y: the panel's.
+  void second(const Panels& inner, std::int64_t p, const Slivers& w, std::int64_t m0, std::int64_t first, std::int64_t last,
+              const Output& output, float* y) const {
+    float* z = Scratch<ResultScratch>::get<float>(std::size_t(kSliversOfTurn * w.rows * k_.columns));
+    multiply(w, first, last, inner.row(p, 0), inner.tokens_of(p), false, z);
+    put_outputs(inner, p, m0 + first * w.rows, m0 + std::min(last * w.rows, w.features), z, output.bias, y);
+  }
+
+  // Whether threads share the panels alone, and so many tasks then.
+  bool has_many(std::int64_t tokens) const { return threads_ == 1 || tokens >= kPanelsOfTask * threads_ * k_.columns; }
+  std::int64_t groups_of(std::int64_t tokens) const {
+    const std::int64_t most = kPanelsOfTask * threads_ * k_.columns;
+    return threads_ * ((tokens + most - 1) / most);
+  }
+
+  // body(panel, first sliver, last) for slivers [s, end) and panels [p0, p1): a stretch of slivers meets one panel after the
+  // other. Once where there are no slivers, since outputs may all be pivots.
+  template <class Body>
+  void stretches(const Slivers& w, std::int64_t s, std::int64_t end, std::int64_t p0, std::int64_t p1, const Body& body) const {
+    // Eight slivers hold a multiple of a cache line's results.
+    const std::int64_t most = std::min(kSliversOfTurn, kNumbersOfStretch / (w.rows * w.depth));
+    const std::int64_t step = most >= 8 ? most / 8 * 8 : std::max<std::int64_t>(1, most);
+    do {
+      for (std::int64_t p = p0; p < p1; ++p) body(p, s, std::min(end, s + step));
+      s += step;
+    } while (s < end);
+  }
+
   template <class Tag>
   Panels panels(std::int64_t tokens, std::int64_t features) const {
     const std::int64_t count = (tokens + k_.columns - 1) / k_.columns;
@@ -193,27 +247,19 @@ class Factored {
   }
 
   // body(panel, first sliver, last) for all slivers of every panel, pack(panel) before the first of a panel. A task is a few
-  // panels, which every stretch of slivers meets while it is in the second-level cache. Where there are few panels, each is
-  // a task and its slivers are shared out too.
+  // panels; where there are few, each is one and its slivers are shared out too.
   template <class Pack, class Body>
   void each(const Panels& panels, const Slivers& w, const Pack& pack, const Body& body) const {
     const std::int64_t P = panels.count(), S = w.count();
-    const bool many = threads_ == 1 || P >= kPanelsOfTask * threads_;
-    const std::int64_t groups = many ? threads_ * ((P + kPanelsOfTask * threads_ - 1) / (kPanelsOfTask * threads_)) : P;
+    const bool many = has_many(panels.tokens);
+    const std::int64_t groups = many ? groups_of(panels.tokens) : P;
     const std::int64_t ranges = many ? 1 : std::max<std::int64_t>(1, std::min(S, (kTasksOfThread * threads_ + P - 1) / P));
-    // Eight slivers hold a multiple of a cache line's results.
-    const std::int64_t most = std::min(kSliversOfTurn, kNumbersOfStretch / (w.rows * w.depth));
-    const std::int64_t step = most >= 8 ? most / 8 * 8 : std::max<std::int64_t>(1, most);
     if (!many) parallel_for(P, threads_, pack);
     parallel_for(groups * ranges, threads_, [&](std::int64_t task) {
-      const std::int64_t group = task / ranges, range = task % ranges, end = S * (range + 1) / ranges;
+      const std::int64_t group = task / ranges, range = task % ranges;
       const std::int64_t p0 = P * group / groups, p1 = P * (group + 1) / groups;
       for (std::int64_t p = p0; many && p < p1; ++p) pack(p);
-      std::int64_t s = S * range / ranges;
-      do {  // once where there are no slivers: outputs that are all pivots
-        for (std::int64_t p = p0; p < p1; ++p) body(p, s, std::min(end, s + step));
-        s += step;
-      } while (s < end);
+      if (p0 < p1) stretches(w, S * range / ranges, S * (range + 1) / ranges, p0, p1, body);
     });
   }
 
@@ -250,7 +296,7 @@ class Factored {
         rows[i] = place < r ? inner.row(p, place) : z;
         if (place >= r) z += k_.columns;
       }
-      f_.turn(rows, bias == nullptr ? nullptr : bias + o, count, inner.tokens_of(p), y + p * k_.columns * N + o, N);
+      f_.turn(rows, bias == nullptr ? nullptr : bias + o, count, inner.tokens_of(p), y + o, N);
     }
   }
 
