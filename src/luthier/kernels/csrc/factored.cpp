@@ -10,6 +10,7 @@
 #include "threads.h"
 
 LT_API int lt_linear_forward(const float*, std::int64_t, const lt_linear*, int, int);
+LT_API int lt_linear_backward_input(float*, std::int64_t, const lt_linear*, int, int);
 
 namespace lt {
 
@@ -69,7 +70,6 @@ class Factored {
     for (std::int64_t f = 0; f < r + left_.rows; ++f) {
       if (!met[f]) unused_.push_back(std::int32_t(f));
     }
-    is_plain_ = factors.places == nullptr;
   }
 
   // Tokens of one block, a multiple of what a panel holds.
@@ -125,7 +125,7 @@ class Factored {
           if (n0 == 0 && c0 == 0) take_outputs(given, p, dy);
         };
         each(given, w, pack, [&](std::int64_t p, std::int64_t first, std::int64_t last) {
-          multiply(w, first, last, given.row(p, r + n0), given.tokens_of(p), !is_plain_ || n0 > 0, given.row(p, c0 + first * w.rows));
+          multiply(w, first, last, given.row(p, r + n0), given.tokens_of(p), true, given.row(p, c0 + first * w.rows));
         });
       }
     }
@@ -314,7 +314,6 @@ class Factored {
     const std::int64_t N = std::int64_t(places_.size()), width = k_.columns;
     const int tokens = given.tokens_of(p);
     dy += p * width * N;
-    if (is_plain_) return take_tokens(dy, N, tokens, N, given.row(p, right_.rows));
     float* side = Scratch<ResultScratch>::get<float>(std::size_t(kPanelGroup * width));
     for (std::int64_t o = 0; o < N; o += kPanelGroup) {
       const std::int64_t here = std::min<std::int64_t>(kPanelGroup, N - o);
@@ -335,14 +334,13 @@ class Factored {
   const FactoredTable& f_ = table(factored_tables, tiles_isa());
   const lt_matrix &right_, &left_;
   const int threads_;
-  bool is_plain_;
   std::vector<std::int32_t> places_, others_, left_rows_;  // of outputs; outputs that L gives, and its rows for them
   std::vector<char> again_;                                // whether an earlier output has the same place
   std::vector<std::int32_t> unused_;                       // places that no output has
 };
 
-// A few tokens: one product after the other, row by row of the factors.
-int forward_few(const float* x, std::int64_t T, const lt_factors& f, const float* bias, float* y, int threads) {
+// One product of all tokens after the other, as the layers that they are.
+int forward_apart(const float* x, std::int64_t T, const lt_factors& f, const float* bias, float* y, int threads) {
   const std::int64_t r = f.right->rows, M = f.left->rows;
   float* inner = Scratch<InnerScratch>::get<float>(std::size_t(T * r));
   float* rest = f.places == nullptr ? y : Scratch<InputScratch>::get<float>(std::size_t(T * M));
@@ -364,6 +362,18 @@ int forward_few(const float* x, std::int64_t T, const lt_factors& f, const float
   return LT_OK;
 }
 
+// The same of dx, for plain factors.
+int backward_apart(float* dx, std::int64_t T, const lt_factors& f, const float* dy, int threads) {
+  float* inner = Scratch<InnerScratch>::get<float>(std::size_t(T * f.right->rows));
+  lt_linear first{}, second{};
+  first.matrix = f.left;
+  first.dy = dy;
+  second.matrix = f.right;
+  second.dy = inner;
+  const int status = lt_linear_backward_input(inner, T, &first, 1, threads);
+  return status == LT_OK ? lt_linear_backward_input(dx, T, &second, 1, threads) : status;
+}
+
 bool factors_fit(const lt_factors* f) {
   if (f == nullptr || !fits(f->right) || !fits(f->left) || f->right->transposed || f->left->transposed) return false;
   if (f->left->cols != f->right->rows || (f->places != nullptr && f->outputs < 1)) return false;
@@ -378,9 +388,17 @@ bool factors_fit(const lt_factors* f) {
 LT_API int lt_factored_forward(const float* x, std::int64_t T, const lt_factors* factors, const float* bias, float* y, int threads) {
   if (lt_missing(x, y) || T < 0 || threads < 1 || !lt::factors_fit(factors)) return LT_BAD_ARGUMENT;
   LT_GUARD({
-    if (T <= lt::kFewTokens) return lt::forward_few(x, T, *factors, bias, y, threads);
-    const lt::Factored product(*factors, threads);
     const std::int64_t K = factors->right->cols, N = factors->places != nullptr ? factors->outputs : factors->left->rows;
+    // A few tokens go row by row. Plain factors that are not decoded at once measured 4 % faster apart.
+    const bool large = factors->places == nullptr && (K + N) * factors->right->rows > lt::kMostWeights;
+    if (T <= lt::kFewTokens || large) {
+      int status = LT_OK;
+      for (std::int64_t t = 0; t < T && status == LT_OK; t += lt::kMostRows) {
+        status = lt::forward_apart(x + t * K, std::min(lt::kMostRows, T - t), *factors, bias, y + t * N, threads);
+      }
+      return status;
+    }
+    const lt::Factored product(*factors, threads);
     const std::int64_t rows = product.block(T, factors->right->rows);
     for (std::int64_t t = 0; t < T; t += rows) product.forward(x + t * K, std::min(rows, T - t), bias, y + t * N);
   })
@@ -390,8 +408,16 @@ LT_API int lt_factored_forward(const float* x, std::int64_t T, const lt_factors*
 LT_API int lt_factored_backward_input(float* dx, std::int64_t T, const lt_factors* factors, const float* dy, int threads) {
   if (lt_missing(dx, dy) || T < 0 || threads < 1 || !lt::factors_fit(factors)) return LT_BAD_ARGUMENT;
   LT_GUARD({
-    const lt::Factored product(*factors, threads);
     const std::int64_t K = factors->right->cols, N = factors->places != nullptr ? factors->outputs : factors->left->rows;
+    if (factors->places == nullptr) {
+      // Nothing has to be put in order: apart they measured up to 5 % faster, forward included.
+      int status = LT_OK;
+      for (std::int64_t t = 0; t < T && status == LT_OK; t += lt::kMostRows) {
+        status = lt::backward_apart(dx + t * K, std::min(lt::kMostRows, T - t), *factors, dy + t * N, threads);
+      }
+      return status;
+    }
+    const lt::Factored product(*factors, threads);
     const std::int64_t rows = product.block(std::max<std::int64_t>(T, 1), factors->right->rows + factors->left->rows);
     for (std::int64_t t = 0; t < T; t += rows) product.backward(dx + t * K, std::min(rows, T - t), dy + t * N);
   })
