@@ -147,8 +147,8 @@ class Bench:
         from luthier.compression.walk import Seen, walk
         from luthier.lowrank import projected
 
-        def visit(seen: list[Seen]) -> None:
-            layers = linear_layers(self.model, [one.name for one in seen])
+        def visit(seen: Iterator[Seen]) -> None:
+            layers = linear_layers(self.model, None)
             for one in seen:
                 self.keep("whitened", one.name, projected(layers[one.name].matrix.dequantize(), one.metric))
 

@@ -276,4 +276,4 @@ def _describe(item: Any) -> str:
         return f"{key} is needed."
     message = str(item["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
     prefix = f"{key} must be " if item["type"] != "value_error" else (f"{key}: " if key else "")
-    return f"{prefix}{message}" + (f"; got {item['input']!r}." if key else ".")
+    return f"{prefix}{message}" + (f"; got {item['input']!r}." if key and "; got " not in message else ".")

@@ -22,9 +22,11 @@ def size_text(size_bytes: float) -> str:
 def parse_size(text: str) -> int:
     """Bytes of `6GB`, `750 MB`, `1.5GiB` or a plain number of bytes. Raises ValueError, saying what is accepted."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
-    if found is None or (found[3] and not found[2]) or float(found[1]) == 0:
-        raise ValueError(f"a size is a number above 0 with MB, GB, MiB or GiB, such as 6GB; got {text!r}")
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2].lower() or " "))
+    if found is not None and not (found[3] and not found[2]):
+        size_bytes = float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2].lower() or " ")
+        if 1 <= size_bytes < math.inf:
+            return int(size_bytes)
+    raise ValueError(f"a size is a number above 0 with MB, GB, MiB or GiB, such as 6GB; got {shortened(text, 40)!r}")
 
 
 def duration_text(seconds: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,7 @@ def test_quantize_writes_a_folder_that_loads(tmp_path: Path, tiny_llama: Path, c
     assert "a quantized model goes to a new folder" in message
     text = output(["quantize", str(tiny_llama), "--to", "nf4", "--out", str(tmp_path / "two")], capsys)
     assert "14 matrices in nf4, as they were: lm_head" in text
+    assert re.search(r"^\d+ kB, \d+ kB in 16 bits: .*two$", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -146,3 +148,24 @@ def test_full_training_of_an_nf4_checkpoint_is_refused(
         ["train", str(data), "--model", str(tmp_path / "nf4"), "--steps", "1", "--out", str(tmp_path / "run"), "--json"], capsys
     )
     assert report["steps"] == 1
+
+
+def test_folders_that_hold_no_model_are_told_apart(
+    tmp_path: Path, tiny_llama: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_folder = tmp_path / "run"
+    result(["train", str(data), "--model", str(tiny_llama), "--steps", "1", "--rank", "2", "--out", str(run_folder)], capsys)
+    (tmp_path / "several").mkdir()
+    (tmp_path / "several" / "tiny.gguf").touch()
+    (tmp_path / "empty").mkdir()
+    for folder, advice in (
+        (run_folder, f"It is a run: give what `luthier export {run_folder} --to merged --out NEW` writes."),
+        (run_folder / "adapter", "It is an adapter: give the model that it was trained on"),
+        (tmp_path / "several", f"In it there are {tmp_path / 'several' / 'tiny.gguf'}."),
+        (tmp_path / "empty", "Check the path, or download the model again."),
+    ):
+        quantize_it = ["quantize", str(folder), "--to", "nf4", "--out", str(tmp_path / "out")]
+        for arguments in (quantize_it, ["plan", str(data), "--model", str(folder)]):
+            code, text = failure(arguments, capsys)
+            assert code == 3
+            assert f"a model folder holds config.json; {folder} does not. {advice}" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -53,13 +54,14 @@ def test_measured_is_the_rise_of_the_loss_and_the_model_stays(tmp_path: Path, fa
     before = {name: layer.matrix for name, layer in layers.items()}
     made: dict[str, dict[str, Matrix]] = {"low rank": {}, "rounded": {}}
 
-    def visit(seen: list[Seen]) -> None:
+    def visit(found: Iterator[Seen]) -> None:
+        seen = list(found)
         for one in seen:
             W = layers[one.name].matrix.dequantize()
             cut = projected(W, one.metric).factors(int(rank_at((W.shape[0], W.shape[1]), 0.8)))
             made["low rank"][one.name] = stored(cut.B.bfloat16().float() @ cut.A.bfloat16().float(), "f32")
             made["rounded"][one.name] = round_nf4(W, one.metric)
-        prober.visit(seen)
+        prober.visit(iter(seen))
 
     walk(model, packs(), groups, visit, changes=False)
     prober.measure()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -84,7 +86,7 @@ def test_later_groups_see_what_earlier_ones_were_made(folder: Path) -> None:
     groups = weighted_groups(model, packs())
     seen: dict[str, torch.Tensor] = {}
 
-    def visit(found: list[Seen]) -> None:
+    def visit(found: Iterator[Seen]) -> None:
         for one in found:
             seen[one.name] = one.metric
             layer = model.get_submodule(one.name)
@@ -100,6 +102,25 @@ def test_later_groups_see_what_earlier_ones_were_made(folder: Path) -> None:
         for name in group.names:
             layer = other.get_submodule(name)
             layer.matrix = stored(layer.matrix.dequantize() * 0.5, "f32")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])  # with and without blocks of its own
+def test_moments_are_let_go_of_layer_by_layer(tmp_path: Path, family: str) -> None:
+    """Of those that were taken in one pass no more is held than what is still to come."""
+    model = load(str(write_tiny(tmp_path / family, family))).model
+    groups = weighted_groups(model, packs())
+    names = []
+
+    def visit(found: Iterator[Seen]) -> None:
+        before: weakref.ref[torch.UntypedStorage] | None = None
+        for one in found:
+            assert before is None or before() is None
+            names.append(one.name)
+            before = weakref.ref(one.metric.untyped_storage())
+            del one
+
+    walk(model, packs(), groups, visit, changes=False)
+    assert names == [name for group in groups for name in group.names]
 
 
 def test_a_layer_is_run_no_further_than_to_what_is_looked_at(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from luthier.lowrank.rounding_gguf import round_gguf
 from luthier.lowrank.rounding_nf4 import round_nf4
 from luthier.matrices import GGUFMatrix, NF4Matrix
 from luthier.matrices.nf4 import STATE_KEY
+from luthier.training.live_bytes import LiveBytes
 
 LEVELS = torch.arange(-8.0, 8.0)
 
@@ -54,7 +55,7 @@ def test_feedback_is_that_of_the_paper(columns: int) -> None:
 def test_the_error_is_the_sum_that_feedback_lowers_term_by_term() -> None:
     W, X, H = layer(6, 20, tokens=60)
     E = W.double() - grid_of(W).values(grid_of(W).nearest(W)).double()
-    U = rounding._unit_lower(H).T.double()
+    U = rounding._unit_lower(H, 0.0, torch.arange(20)).T.double()
     D = torch.linalg.cholesky(H.flip(0, 1)).flip(0, 1).diagonal().square()
     assert torch.allclose(U * D @ U.T, H, atol=1e-5 * float(H.max()))
     assert float((D * (E @ U).square()).sum()) == pytest.approx(output_error(W, W.double() - E, X), rel=1e-4)
@@ -137,6 +138,16 @@ def test_searched_steps_beat_the_largest_weight() -> None:
         (W - Grid(LEVELS, step).values(Grid(LEVELS, step).nearest(W))).square().sum(1) for step in (largest * s for s in shares)
     ]
     assert torch.allclose((found / largest)[:, 0], shares[torch.stack(costs).argmin(0)])
+
+
+@pytest.mark.parametrize("kind", ["nf4", "q4_0"])
+def test_rounding_holds_two_copies_of_wide_moments(kind: str) -> None:
+    """In the order of columns, and the root of that; what is as large as the weight is small beside them."""
+    W, H = torch.randn(32, 1024, generator=generator(3)), torch.eye(1024, dtype=torch.float64)
+    (round_nf4(W, H) if kind == "nf4" else round_gguf(W, H, kind))  # tables that are made once
+    with LiveBytes() as live:
+        (round_nf4(W, H) if kind == "nf4" else round_gguf(W, H, kind))
+    assert 2 * H.nbytes <= live.peak < 2 * H.nbytes + 12 * W.nbytes
 
 
 @pytest.mark.parametrize("double", [False, True])

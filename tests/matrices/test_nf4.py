@@ -196,6 +196,20 @@ def test_what_is_not_finite_is_counted_or_refused() -> None:
     assert double.not_finite() == 24 * 40
 
 
+def test_finite_parts_whose_product_is_not_are_counted() -> None:
+    """The weights that come out are what counts: 2e38 times a code of 1, or with an offset of 2e38 beside it."""
+    plain, double = make(double=False), make()
+    plain.absmax[1:3] = torch.tensor([2e38, torch.inf])
+    assert plain.not_finite() == int((~plain.dequantize().isfinite()).sum()) == 64
+    plain.absmax[2], plain.quant_map[:] = 2e38, plain.quant_map * 2
+    assert 0 < plain.not_finite() == int((~plain.dequantize().isfinite()).sum()) < 128
+    for offset in (1e300, float("nan"), -float("inf")):
+        double.nested_offset = offset
+        assert double.not_finite() == 24 * 40
+    double.nested_offset, double.nested_absmax[0] = 3e38, 3e38
+    assert 0 < double.not_finite() == int((~double.dequantize().isfinite()).sum())
+
+
 def changed_state(**changes: object) -> dict[str, Tensor]:
     parts = dict(make().tensors())
     state = json.loads(bytes(parts[STATE_KEY].tolist())) | changes
@@ -211,11 +225,15 @@ def changed_state(**changes: object) -> dict[str, Tensor]:
         ),
         (lambda: changed_state(blocksize=128), "got 'nf4', 128 and 256"),
         (lambda: changed_state(nested_blocksize=64), "got 'nf4', 64 and 64"),
-        (lambda: changed_state(shape=[24, -40]), r"must give shape, dtype and offset; got \[24, -40\]"),
-        (lambda: changed_state(shape=[24, 1 << 40]), "must give shape, dtype and offset"),
+        (lambda: changed_state(shape=[24, -40]), r"must give shape, dtype and, .* their offset; got \[24, -40\]"),
+        (lambda: changed_state(shape=[24, 1 << 40]), "must give shape, dtype and, with nested scales alone, their offset"),
         (lambda: changed_state(shape=[24, 41]), "the nf4 nibbles must have elements 492"),
         (lambda: changed_state(dtype="int8"), "'int8'"),
+        (lambda: changed_state(dtype=["float32"]), r"\['float32'\]"),
         (lambda: changed_state(nested_offset=None), "None"),
+        (lambda: changed_state(nested_offset=True), "True"),
+        (lambda: changed_state(nested_offset=10**400), "10{400}"),
+        (lambda: changed_state(nested_blocksize=None), "with nested scales alone"),
         (lambda: make().tensors() | {STATE_KEY: torch.tensor([255, 1], dtype=torch.uint8)}, "must be JSON"),
         (lambda: make().tensors() | {STATE_KEY: torch.zeros(9000, dtype=torch.uint8)}, "at most 4096 bytes"),
         (lambda: {k: v for k, v in make().tensors().items() if k != "weight.absmax"}, r"missing: weight\.absmax"),

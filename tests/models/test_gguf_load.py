@@ -232,6 +232,24 @@ def test_phi3_long_rope(tmp_path: Path) -> None:
         assert_same_logits(load(str(path)).model, source)
 
 
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_heads_that_are_turned_in_part(tmp_path: Path, family: str) -> None:
+    """Only Phi-3's class in Transformers does that; the others would turn whole heads without a word."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    source = random_model(family, **({"rope_parameters": rope} if family == "phi3" else {}))
+    path = write_gguf(tmp_path / "tiny.gguf", source, family, **{"ARCH.rope.dimension_count": 8})
+    if family == "phi3":
+        model = load(str(path)).model
+        assert model.model.rotary_emb.inv_freq.shape == (4,)
+        assert_same_logits(model, source)
+    else:
+        with pytest.raises(ModelError, match=rf"{family}\.rope\.dimension_count must be the head size, 16; got 8"):
+            load(str(path))
+    path = write_gguf(tmp_path / "odd.gguf", source, family, **{"ARCH.rope.dimension_count": 7})
+    with pytest.raises(ModelError, match=r"rope\.dimension_count must be (even and at most|the head size,) 16; got 7"):
+        load(str(path))
+
+
 def test_llama_biases_and_unequal_head_size(tmp_path: Path) -> None:
     source = random_model("llama", attention_bias=True, mlp_bias=True, head_dim=32)
     loaded = load(str(write_gguf(tmp_path / "tiny.gguf", source, "llama")))
@@ -270,7 +288,7 @@ def test_other_architectures_are_refused_by_name(tmp_path: Path, architecture: s
         ({"ARCH.rope.freq_base": float("nan")}, "must be a positive number; got nan"),
         ({"ARCH.rope.scaling.type": "weird"}, "must be none, linear or yarn; got 'weird'"),
         ({"ARCH.attention.head_count": 7}, "not a multiple of the number of att"),
-        ({"ARCH.rope.dimension_count": 1 << 31}, r"llama\.rope\.dimension_count must be at most 16; got 2147483648"),
+        ({"ARCH.rope.dimension_count": 1 << 31}, r"llama\.rope\.dimension_count must be the head size, 16; got 2147483648"),
         ({"ARCH.feed_forward_length": 100}, r"mlp\.up_proj\.weight must be \(100, 64\); it is \(96, 64\)"),
         ({"tokenizer.ggml.model": "rwkv"}, r"tokenizer\.ggml\.model must be gpt2 or llama; got 'rwkv'"),
         ({"tokenizer.ggml.pre": "unheard-of"}, r"tokenizer\.ggml\.pre must be one of .*; got 'unheard-of'"),

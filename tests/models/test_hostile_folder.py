@@ -200,4 +200,4 @@ def test_garbage_generation_config(single: Path) -> None:
 
 
 def test_empty_folder(tmp_path: Path) -> None:
-    refused(tmp_path, "config.json must be readable JSON")
+    refused(tmp_path, r"a model folder holds config\.json; .* does not\. Check the path, or download the model again")

@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from tiny import write_tiny
 
 from luthier import strict_json
-from luthier.errors import ModelError
+from luthier.errors import ModelError, PreflightError
+from luthier.models import checkpoint
+from luthier.models.checkpoint import SafetensorsCheckpoint
 from luthier.models.load import load
 from luthier.strict_json import read_json
 
@@ -207,8 +209,32 @@ def test_weights_of_another_size_cost_no_memory(single: Path) -> None:
         load(str(single))
 
 
+def test_a_file_larger_than_any_memory_has_its_header_read(single: Path) -> None:
+    """Torch maps a whole file as if it were written to, which the system refuses where it is larger than all memory."""
+    size = 1 << 45
+    header = "{" + entry("a", shape=f"[{size // 4}]", offsets=f"[0,{size}]") + "}"
+    path = single / "model.safetensors"
+    write_header(path, header, b"")
+    try:
+        os.truncate(path, path.stat().st_size + size)
+    except OSError:
+        pytest.skip("the file system has no files of that size")
+    assert SafetensorsCheckpoint(single).shape("a") == (size // 4,)
+
+
+def test_a_file_that_cannot_be_mapped_is_no_fault_of_the_program(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("unable to mmap 141107505472 bytes from file: Cannot allocate memory (12)")
+
+    weights = SafetensorsCheckpoint(single)
+    monkeypatch.setattr(checkpoint, "safe_open", refuse)
+    size = (single / "model.safetensors").stat().st_size
+    for mapped in (True, False):
+        with pytest.raises(PreflightError, match=rf"no larger than this machine can map.*has {size} bytes\. Cut it in shards"):
+            weights.tensor("model.norm.weight", mapped=mapped)
+
+
 def test_nan_in_a_plain_weight_loads_and_is_found(single: Path) -> None:
-    from luthier.errors import PreflightError
     from luthier.models.load import check_finite
 
     state = load_file(single / "model.safetensors")

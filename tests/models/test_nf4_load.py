@@ -288,6 +288,16 @@ def test_a_damaged_cache_is_removed_and_made_again(tmp_path: Path, tiny_llama: P
     assert_same_logits(again.model, first, 0.0)
 
 
+def test_a_cache_that_cannot_be_written_to_is_read(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = NF4Options(cache=True)
+    first = load(str(tiny_llama), base="nf4", nf4=options).model
+    monkeypatch.setattr("luthier.models.cache.os.access", lambda *_: False)
+    monkeypatch.setattr(NF4Matrix, "quantize", lambda *_args, **_keys: pytest.fail("quantised again"))
+    assert_same_logits(load(str(tiny_llama), base="nf4", nf4=options).model, first, 0.0)
+    with pytest.raises(PreflightError, match=r"the cache must be a folder that can be written to; .*/cache/nf4 is not\. Set"):
+        load(str(tiny_llama), base="nf4", nf4=NF4Options(cache=True, double_quant=False))
+
+
 def test_a_file_in_place_of_the_cached_folder_is_removed(tmp_path: Path, tiny_llama: Path) -> None:
     load(str(tiny_llama), base="nf4", nf4=NF4Options(cache=True))
     (kept,) = (tmp_path / "cache" / "nf4").iterdir()

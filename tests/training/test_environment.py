@@ -55,6 +55,7 @@ def test_out_of_memory_says_what_to_try() -> None:
         torch.empty(1 << 60)
     assert is_out_of_memory(caught.value)
     assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(RuntimeError("unable to mmap 99 bytes from file <a>: Cannot allocate memory (12)"))
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
     config = RunConfig(data="a", micro_batch_tokens=4096)
     assert "Try --set micro_batch_tokens=2048, with --overwrite where --out is" in explain_out_of_memory(config, 100)

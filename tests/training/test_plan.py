@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import re
+import shutil
+import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +26,10 @@ from luthier.data import Example
 from luthier.data.packing import pack_examples
 from luthier.errors import ConfigError, DataError, PreflightError
 from luthier.matrices import StoredMatrix
+from luthier.models import nf4_cache
 from luthier.models.load import load
+from luthier.models.skeleton import build_skeleton
+from luthier.models.skeleton import make_config as make_model_config
 from luthier.training import plan as planning
 from luthier.training import planner as planner_module
 from luthier.training.blueprint import read_blueprint, stored_bytes
@@ -194,6 +201,76 @@ def test_what_does_not_fit_gets_the_nearest_that_does(monkeypatch: pytest.Monkey
     assert not replace(long, load=long.load.truncated(fitting + 8)).cut()[1]
 
 
+@pytest.fixture(scope="module")
+def broad(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bf16 llama whose weights are most of what a run takes; of them there is only the header, the rest is a hole."""
+    folder = write_tiny(tmp_path_factory.mktemp("broad"), "llama")
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 60, "num_attention_heads": 8}
+    config = json.loads((folder / "config.json").read_text()) | sizes | {"num_key_value_heads": 8, "head_dim": 128}
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    entries, end = {}, 0
+    for name, parameter in build_skeleton(make_model_config(config, "broad"), "broad").named_parameters():
+        start, end = end, end + 2 * parameter.numel()
+        entries[name] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [start, end]}
+    header = json.dumps(entries).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    os.truncate(folder / "model.safetensors", 8 + len(header) + end)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "share", "advice"),
+    [
+        ({"base": "f32"}, 0.6, ["leave --base out", "--method qlora without --base f32"]),
+        ({"base": "f32"}, 0.3, ["--method qlora without --base f32"]),
+        ({"base": "bf16"}, 0.5, ["--method qlora without --base bf16"]),
+        ({}, 0.5, ["--method qlora"]),
+        ({"method": "full"}, 0.5, ["--method lora", "--method qlora"]),
+        ({"method": "qlora"}, 0.5, []),
+    ],
+)
+def test_other_bases_that_fit_are_named_by_flags_that_go_together(
+    broad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], share: float, advice: list[str]
+) -> None:
+    """share: of what the run takes, program left out. A person who follows the advice must not meet another error."""
+    monkeypatch.setattr(planner_module, "available_bytes", lambda: 0)
+    config = settings(broad, tmp_path, changes)
+    blueprint = read_blueprint(config, Listener())
+    trains_base = config.method == "full"
+    costs = ByteCosts(kept=1.0, input=1.0, working=1.0, recomputing=1.0, head=1)
+    memory = Memory(0, blueprint, costs, count_trained(blueprint, config)[1], trains_base)
+    own = Planner(config, Workload([[Row(20, 9, 20)]], 1, 20), memory, 10**12)
+    small = replace(own, allowed=int(share * own.footprint(own.cut()[0]).peak_bytes))
+    assert small.suggestions() == advice
+    for flags in advice:
+        method = re.search(r"--method (\w+)", flags)
+        base = {"base": None} if "leave --base out" in flags or "without --base" in flags else {}
+        make_config(config.model_dump(exclude_unset=True), {"method": method[1]} if method else {}, base)
+
+
+def test_the_memory_that_is_named_is_enough_for_the_plan_to_choose_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan made again is a little off the first one, so what it asks for has the room that it leaves itself."""
+    monkeypatch.setattr(planner_module, "available_bytes", lambda: 400 * MB)
+    monkeypatch.setattr(planner_module, "rss_bytes", lambda: 0)
+    small = planner(100, method="qlora", length=8)
+    (advice,) = small.suggestions()
+    named = parse_size(advice.removeprefix("--memory ").removesuffix(", which is there"))
+    assert replace(small, allowed=named).cut()[1]
+    smallest = min(small.footprint(cut).peak_bytes for cut in small._cuts())
+    monkeypatch.setattr(planner_module, "available_bytes", lambda: smallest + MB)
+    assert small.suggestions() == [f"--memory {(smallest + MB) // MB}MB, which is there"]
+
+
+def test_a_base_that_the_model_cannot_have_is_not_advised(tmp_path: Path) -> None:
+    """Q2_K blocks cannot stay as they are: leaving --base bf16 out is no way."""
+    source = random_model("llama", hidden_size=256, intermediate_size=256)
+    path = write_gguf(tmp_path / "tiny.gguf", source, "llama", Kind.F16, blocks={"blk.0.ffn_up.weight": Kind.Q2_K})
+    (tmp_path / "out").mkdir()
+    plan = plan_run(settings(path, tmp_path, {"base": "bf16", "memory": "20MB"}), Listener())
+    assert not plan.fits
+    assert not any("--base out" in one for one in plan.suggestions)
+
+
 def test_figures_add_up() -> None:
     own = planner(10_000)
     times = TimeCosts(Line(0.0, 1e-3), Line(0.5, 2e-3), 1e-3, 0.25, 4e6, 8e6, 1e10)
@@ -206,8 +283,9 @@ def test_figures_add_up() -> None:
 
 def test_memory_is_read_and_refused() -> None:
     assert RunConfig(data="x", memory="6GB").memory == "6GB"
-    with pytest.raises(ConfigError, match="a size is a number above 0 with MB, GB, MiB or GiB, such as 6GB; got 'plenty'"):
+    with pytest.raises(ConfigError) as caught:
         make_config({"data": "x", "memory": "plenty"})
+    assert str(caught.value) == "memory: a size is a number above 0 with MB, GB, MiB or GiB, such as 6GB; got 'plenty'."
 
 
 def test_a_run_that_does_not_fit_is_refused_before_loading(
@@ -257,6 +335,18 @@ def test_disk_counts_the_quantized_weights_that_will_be_kept(
     assert plan_run(keeps, Listener()).disk_bytes == before[0]
 
 
+def test_a_cache_on_another_disk_needs_room_there(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+    plain = settings(tiny_llama, tmp_path, {"method": "qlora"})
+    keeps = plain.model_copy(update={"cache_quantized": True})
+    monkeypatch.setattr(planning, "_disk_of", lambda folder: folder.is_relative_to(tmp_path / "cache"))
+    assert plan_run(keeps, Listener()).disk_bytes == plan_run(plain, Listener()).disk_bytes
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(nf4_cache.shutil, "disk_usage", lambda _folder: usage._replace(free=1000))
+    with pytest.raises(PreflightError, match=r"room for the quantized weights, \d+ bytes; .*/cache/nf4: 1000 are free\. Leave"):
+        plan_run(keeps, Listener())
+
+
 @pytest.mark.parametrize(("base", "loading"), [("asis", 0), ("bf16", 512 * 64 * 4), ("nf4", 96 * 64 * 4)])
 def test_blocks_stand_in_float32_while_they_are_converted(tmp_path: Path, base: str, loading: int) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", random_model("llama"), "llama", Kind.Q8_0)
@@ -283,7 +373,7 @@ def test_sizes(text: str, size_bytes: int) -> None:
     assert parse_size(text) == size_bytes
 
 
-@pytest.mark.parametrize("text", ["", "GB", "0GB", "-1GB", "6 apples", "6iB", "1e9"])
+@pytest.mark.parametrize("text", ["", "GB", "0GB", "-1GB", "6 apples", "6iB", "1e9", "0.5", "9" * 400 + "GB"])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ValueError, match="a size is a number above 0"):
         parse_size(text)

@@ -15,14 +15,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from luthier.training.events import NOT_METRICS
 from luthier.units import clock_text, count_text, metric_text, number_text, percent_text, shortened, size_text, visible
 
 SPARKS = "▁▂▃▄▅▆▇█"
 WIDEST = 100
 NARROW = 56
 LABELS = {"loss": "loss", "perplexity": "perplexity", "exact_match": "exact match"}
-# Keys of an evaluation record that are not metrics of the model.
-NOT_METRICS = frozenset({"kind", "step", "epoch", "rows", "seconds", "tokens", "computed_tokens", "supervised_tokens"})
 
 
 @dataclass

@@ -12,6 +12,7 @@ import typer
 from luthier.cli import flags
 from luthier.cli.evaluate import show_notes
 from luthier.errors import ConfigError, nearest
+from luthier.units import size_text
 
 FORMATS = ("nf4",)
 
@@ -45,4 +46,4 @@ def quantize(
         typer.echo(json.dumps(asdict(report)))
         return
     typer.echo(f"{report.quantized} matrices in {to}, as they were: {', '.join(report.kept) or 'none'}")
-    typer.echo(f"{report.size_bytes / 1e6:,.0f} MB, {report.size_bytes_in_16_bits / 1e6:,.0f} MB in 16 bits: {report.folder}")
+    typer.echo(f"{size_text(report.size_bytes)}, {size_text(report.size_bytes_in_16_bits)} in 16 bits: {report.folder}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -13,8 +13,9 @@ from luthier.compression.walk import Group, Seen, walk
 from luthier.data.packing import Pack
 from luthier.linear import LowRankEmbedding, LowRankLinear
 from luthier.lowrank import damped, pivoted, projected, round_factors, round_gguf, round_nf4, round_pivoted
-from luthier.matrices import Matrix, StoredMatrix, stored
+from luthier.matrices import Matrix, StoredMatrix, converted, stored
 from luthier.progress import Progress
+from luthier.training.allocator import trim_free_memory
 
 # Of the inputs' mean square, given to every direction when a left factor is fitted: text of finite length leaves some empty.
 DAMPING = 1e-4
@@ -38,11 +39,11 @@ def build(
     for name, kind in tables.items():
         replace_table(model, name, kind)
 
-    def visit(seen: list[Seen]) -> None:
-        layers = linear_layers(model, [one.name for one in seen])
-        made = {one.name: layer_matrix(layers[one.name].matrix, one.metric, plan[one.name], in_metric) for one in seen}
-        for name, matrix in made.items():
-            layers[name].matrix = matrix
+    def visit(seen: Iterator[Seen]) -> None:
+        layers = linear_layers(model, None)
+        for one in seen:
+            layer = layers[one.name]
+            layer.matrix = layer_matrix(layer.matrix, one.metric, plan[one.name], in_metric)
 
     walk(model, packs, groups, visit, changes=True, progress=progress, stage="compressing")
 
@@ -53,7 +54,7 @@ def replace_table(model: PreTrainedModel, name: str, kind: str) -> None:
     assert isinstance(layer, LowRankLinear | LowRankEmbedding)
     if layer.matrix.kind == kind:
         return
-    before, after = layer.matrix, stored(layer.matrix.dequantize(), kind)
+    before, after = layer.matrix, converted(layer.matrix, kind)
     for module in model.modules():
         if isinstance(module, LowRankLinear | LowRankEmbedding) and module.matrix is before:
             module.matrix = after
@@ -63,20 +64,21 @@ def layer_matrix(matrix: Matrix, metric: Tensor, spec: Spec, in_metric: bool = T
     """The new matrix of a layer for the metric of its inputs."""
     if spec.form == "whole":
         return matrix if matrix.kind == spec.kind else rounded(matrix.dequantize(), metric, spec.kind, in_metric)
-    W, H = matrix.dequantize(), damped(metric, DAMPING)
+    W = matrix.dequantize()
 
     def rounder(weight: Tensor, moments: Tensor) -> StoredMatrix:
         return rounded(weight, moments, spec.factors, in_metric)
 
     if spec.form == "low-rank":
-        return round_pivoted(W, H, pivoted(projected(W, metric).factors(spec.rank)), rounder)
+        return round_pivoted(W, damped(metric, DAMPING), pivoted(projected(W, metric).factors(spec.rank)), rounder)
     base = rounded(W, metric, spec.kind, in_metric)
     left = W - base.dequantize()
-    return round_factors(left, H, projected(left, metric).factors(spec.rank), rounder, base=base)
+    return round_factors(left, damped(metric, DAMPING), projected(left, metric).factors(spec.rank), rounder, base=base)
 
 
 def rounded(W: Tensor, metric: Tensor, kind: str, in_metric: bool) -> StoredMatrix:
     """W stored as `kind`; in the metric where that kind can be rounded so."""
     if kind not in IN_METRIC or not in_metric or not bool((metric.diagonal() > 0).any()):
         return stored(W, kind)
+    trim_free_memory()  # rounding takes several times as much as what goes into it
     return round_nf4(W, metric) if kind == "nf4" else round_gguf(W, metric, kind)

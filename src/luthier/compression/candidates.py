@@ -14,7 +14,7 @@ f, d: by what the loss rose more than predicted where some layers were rounded i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 
 from torch import Tensor
@@ -30,7 +30,7 @@ from luthier.compression.walk import Group, Seen
 from luthier.data.packing import Pack
 from luthier.errors import NumericError
 from luthier.lowrank import Choice, projected
-from luthier.matrices import stored
+from luthier.matrices import StoredMatrix, stored
 
 REPAIR_RANKS = (8, 16, 32, 64, 96, 128)
 RANK_STEP = 16
@@ -88,9 +88,10 @@ class Prober:
             "rounded": Trial(self.model, self.kept_out),
         }
 
-    def visit(self, seen: list[Seen]) -> None:
-        layers = linear_layers(self.model, [one.name for one in seen])
-        self.facts += [self._layer(layers[one.name].matrix.dequantize(), one) for one in seen]
+    def visit(self, seen: Iterator[Seen]) -> None:
+        layers = linear_layers(self.model, None)
+        for one in seen:
+            self.facts.append(self._layer(layers[one.name].matrix.dequantize(), one))
         for trial in self._trials.values():
             trial.advance()
 
@@ -103,26 +104,28 @@ class Prober:
         found, shape = projected(W, seen.metric), (W.shape[0], W.shape[1])
         if not math.isfinite(float(found.energies.sum())):
             raise NumericError(f"what goes into a layer must be finite; NaN or Inf in {seen.name}. Check the model.")
-        matrices = {kind: stored(W, kind) for kind in dict.fromkeys(["nf4", *rounded_kinds(shape[1], self.bits)])}
-        left = {kind: W - matrix.dequantize() for kind, matrix in matrices.items()}
-        errors = {kind: energy(error, seen.metric) for kind, error in left.items()}
+        self._trials["low rank"].add(seen.name, *truncated(found, shape))
+        energies, nf4 = found.energies, stored(W, "nf4")
+        del found  # more than the weight in float32
+        errors = {"nf4": _error(W, nf4, seen.metric)}
+        errors |= {
+            kind: _error(W, stored(W, kind), seen.metric) for kind in rounded_kinds(shape[1], self.bits) if kind != "nf4"
+        }
         repaired: dict[int, float] = {}
         if self.bits != "16":
-            error = projected(left["nf4"], seen.metric)
-            repaired = {r: error.dropped(r) for r in REPAIR_RANKS if r < error.max_rank / 2}
+            repaired = _repaired(W - nf4.dequantize(), seen.metric)
             if seen.name in self._gain_layers:
                 self._measure_gains(W, seen, errors)
-        self._trials["low rank"].add(seen.name, *truncated(found, shape))
-        if seen.name in self._probed and self.bits != "16":
-            matrix = rounded(W, seen.metric, "nf4", in_metric=True)
-            self._trials["rounded"].add(seen.name, matrix, energy(W - matrix.dequantize(), seen.metric))
-        return LayerFacts(seen.name, shape, found.energies, errors, repaired)
+            if seen.name in self._probed:
+                matrix = rounded(W, seen.metric, "nf4", in_metric=True)
+                self._trials["rounded"].add(seen.name, matrix, _error(W, matrix, seen.metric))
+        return LayerFacts(seen.name, shape, energies, errors, repaired)
 
     def _measure_gains(self, W: Tensor, seen: Seen, errors: dict[str, float]) -> None:
         for kind in IN_METRIC:
             if kind in errors:
-                left = W - rounded(W, seen.metric, kind, in_metric=True).dequantize()
-                self.gains[seen.name.rpartition(".")[2], kind] = ratio(energy(left, seen.metric), errors[kind])
+                after = _error(W, rounded(W, seen.metric, kind, in_metric=True), seen.metric)
+                self.gains[seen.name.rpartition(".")[2], kind] = ratio(after, errors[kind])
 
     @property
     def factor_kinds(self) -> list[str]:
@@ -136,6 +139,17 @@ class Prober:
     def factor(self, family: Family) -> float:
         """By what predictions of that family are multiplied; 1 before anything was measured."""
         return self.probes[family].factor if family in self.probes else 1.0
+
+
+def _error(W: Tensor, matrix: StoredMatrix, metric: Tensor) -> float:
+    """What storing W so costs, in nats."""
+    return energy(W - matrix.dequantize(), metric)
+
+
+def _repaired(error: Tensor, metric: Tensor) -> dict[int, float]:
+    """What is left of an error that is repaired at each rank."""
+    found = projected(error, metric)
+    return {rank: found.dropped(rank) for rank in REPAIR_RANKS if rank < found.max_rank / 2}
 
 
 def ratio(after: float, before: float) -> float:

@@ -79,9 +79,8 @@ class Trial:
         if not self._streams:
             return
         with replaced(self.model, self._matrices), evaluation_mode(self.model):
-            for number, pack in enumerate(self.packs):
-                hidden = self._hidden[number]
-                self._hidden[number] = packed_layers(self.model, hidden, pack.starts, self._depth, self._depth + 1)
+            for hidden, pack in zip(self._hidden, self.packs, strict=True):
+                hidden.copy_(packed_layers(self.model, hidden, pack.starts, self._depth, self._depth + 1))
         self._matrices, self._depth = {}, self._depth + 1
 
     def loss(self) -> float:

@@ -32,7 +32,7 @@ from luthier.models.compressed_description import is_compressed
 from luthier.models.compressed_folder import stored_bytes
 from luthier.models.load import Loaded, load, load_tokenizer
 from luthier.progress import Progress
-from luthier.training.allocator import release_free_memory, set_freed_memory_kept
+from luthier.training.allocator import keep_small_freed_memory, release_free_memory
 from luthier.training.memory import peak_rss_bytes
 
 
@@ -46,7 +46,7 @@ def compress(settings: CompressSettings, progress: Progress | None = None) -> Re
     known before any weight is read; ConfigError, DataError, and what `load` raises.
     """
     began = time.monotonic()
-    set_freed_memory_kept(True)  # pages that are mapped anew for every tensor took a fifth of a run; walks trim
+    keep_small_freed_memory()  # pages that are mapped anew for every tensor took a fifth of a run; walks trim
     found = survey(settings, progress)
     settings = replace(settings, window=found.window)
     try:

@@ -46,7 +46,7 @@ class Seen:
     metric: Tensor
 
 
-Visit = Callable[[list[Seen]], None]
+Visit = Callable[[Iterator[Seen]], None]
 
 
 def weighted_groups(model: PreTrainedModel, packs: Sequence[Pack], progress: Progress | None = None) -> list[Group]:
@@ -62,6 +62,7 @@ def weighted_groups(model: PreTrainedModel, packs: Sequence[Pack], progress: Pro
             _report(progress, "measuring what the loss feels", number, len(packs))
             for name, squares in _gradient_squares(model, pack, list(felt)).items():
                 felt[name].append(squares)
+            trim_free_memory()
     bad = [name for name, own in felt.items() if not all(bool(weights.isfinite().all()) for weights in own)]
     if bad:
         raise NumericError(f"gradients must be finite; NaN or Inf at the output of:\n{bulleted(bad)}\nCheck the model.")
@@ -105,7 +106,7 @@ def walk(
     stage: str = "",
 ) -> None:
     """Call visit with the layers of each group in the order they run; changes: it replaces their matrices, and later groups
-    see what that did.
+    see what that did. Each layer's moments live until visit asks for the next one.
 
     Memory: beside the model one hidden state for every token, (tokens, hidden) float32, and one group's moments, or, where
     nothing changes, those of one decoder layer. A family without blocks of its own runs from its beginning for each group.
@@ -133,12 +134,10 @@ def _walk_down(
         report(layer, depth)
         for together in [[group] for group in own] if changes else [own]:
             if together:
-                seen = _seen_in_layer(model, packs, hidden, layer, together)
-                trim_free_memory()  # else the process would stay at the most that it ever held, since freed memory is kept
-                visit(seen)
-                trim_free_memory()
-        for number, pack in enumerate(packs):
-            hidden[number] = packed_layers(model, hidden[number], pack.starts, layer, layer + 1)
+                visit(_seen_in_layer(model, packs, hidden, layer, together))
+        for own_hidden, pack in zip(hidden, packs, strict=True):
+            # In the same memory: states that move leave gaps which no other finds room in.
+            own_hidden.copy_(packed_layers(model, own_hidden, pack.starts, layer, layer + 1))
         trim_free_memory()
 
 
@@ -157,7 +156,7 @@ def _by_layer(model: PreTrainedModel, groups: Sequence[Group]) -> Iterator[list[
 
 def _seen_in_layer(
     model: PreTrainedModel, packs: Sequence[Pack], hidden: list[Tensor], layer: int, groups: Sequence[Group]
-) -> list[Seen]:
+) -> Iterator[Seen]:
     sums, last = _Sums(model, groups), groups[-1].names[0]
     for number, pack in enumerate(packs):
 
@@ -169,7 +168,7 @@ def _seen_in_layer(
     return sums.seen(packs)
 
 
-def _seen_from_the_beginning(model: PreTrainedModel, packs: Sequence[Pack], group: Group) -> list[Seen]:
+def _seen_from_the_beginning(model: PreTrainedModel, packs: Sequence[Pack], group: Group) -> Iterator[Seen]:
     sums, leader = _Sums(model, [group]), group.names[0]
     for number, pack in enumerate(packs):
         look_at_inputs(model, pack, [leader], partial(sums.add, number), last=leader)
@@ -188,6 +187,10 @@ class _Sums:
         for name, weights in self._groups[leader].weights.items():
             self._sums[name].add(x, weights[pack])
 
-    def seen(self, packs: Sequence[Pack]) -> list[Seen]:
+    def seen(self, packs: Sequence[Pack]) -> Iterator[Seen]:
+        """Layer by layer; what was yielded is not held here any longer."""
         supervised = max(1, sum(pack.supervised_tokens for pack in packs))
-        return [Seen(name, own.moments().second.div_(2.0 * supervised)) for name, own in self._sums.items()]
+        for name in list(self._sums):
+            trim_free_memory()  # what a layer leaves has other sizes than what the next one takes, so that both would be held
+            yield Seen(name, self._sums.pop(name).moments().second.div_(2.0 * supervised))
+        trim_free_memory()

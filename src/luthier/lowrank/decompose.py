@@ -101,11 +101,11 @@ def projected(weight: Tensor, moments: Tensor) -> Decomposition:
     U = Q eigenvectors(R H R^T). Works for any positive semidefinite H; directions that no input has are last.
     """
     W, H = _matrix(weight), _moments(moments, weight.shape[1])
-    Q, seen = (None, W) if len(W) <= W.shape[1] else torch.linalg.qr(W)
-    gram = seen @ H @ seen.T
+    Q, W = (None, W) if len(W) <= W.shape[1] else torch.linalg.qr(W)  # from here on the smaller R, if there is one
+    gram = W @ H @ W.T
     energies, U = torch.linalg.eigh((gram + gram.T) / 2)
     energies, U = energies.flip(0).clamp(min=0), U.flip(1)
-    return _result(U.T @ seen, U if Q is None else Q @ U, energies)
+    return _result(U.T @ W, U if Q is None else Q @ U, energies)
 
 
 def stacked(weights: Sequence[Tensor]) -> Tensor:
@@ -137,6 +137,7 @@ def _matrix(weight: Tensor) -> Tensor:
 def _moments(moments: Tensor, size: int) -> Tensor:
     if moments.shape != (size, size):
         raise ShapeError(f"moments are (in_features, in_features) = ({size}, {size}); got {tuple(moments.shape)}.")
-    if not bool(moments.isfinite().all()):
+    least, most = moments.aminmax()  # NaN if there is one; `isfinite` makes several copies
+    if not bool(least.isfinite() and most.isfinite()):
         raise NumericError("moments must be finite; they hold NaN or Inf. Check the calibration text and the model.")
     return moments.detach().to(torch.float64)

@@ -23,7 +23,8 @@ from luthier.errors import NumericError, ShapeError
 
 BLOCK = 64  # columns that are rounded one by one before what they did reaches the others as one product
 DAMPING = 0.01
-SYSTEM_NUMBERS = 1 << 22  # of the linear systems that are solved at once when steps are fitted, 32 MB
+SYSTEM_NUMBERS = 1 << 19  # of the linear systems that are solved at once when steps are fitted, 4 MB
+SEARCHED_NUMBERS = 1 << 17  # of a weight whose steps are searched at once, so that what is made of them stays near
 SHARES = torch.linspace(0.7, 1.05, 15)  # of the step that just reaches a group's largest weight
 
 Stored = TypeVar("Stored")
@@ -72,39 +73,61 @@ def damped(moments: Tensor, damping: float = DAMPING) -> Tensor:
     It keeps rounding from trusting directions that calibration text of finite length left empty. Where all of H is zero it is
     the identity. Raises NumericError for moments that are not finite or negative on the diagonal.
     """
-    H = moments.detach().to(torch.float64)
-    diagonal = H.diagonal()
-    if not bool(H.isfinite().all() and (diagonal >= 0).all()):
+    return with_added(moments, damping_of(moments, damping), torch.float64)
+
+
+def damping_of(moments: Tensor, damping: float = DAMPING) -> float:
+    """What `damped` adds to the diagonal. Raises what that raises."""
+    diagonal, (least, most) = moments.diagonal().to(torch.float64), moments.aminmax()
+    if not bool(least.isfinite() and most.isfinite() and (diagonal >= 0).all()):
         raise NumericError("moments must be finite and not negative on the diagonal. Check the calibration text and the model.")
     mean = float(diagonal.mean())
-    return H + (damping * mean if mean > 0 else 1.0) * torch.eye(len(H), dtype=H.dtype)
+    return damping * mean if mean > 0 else 1.0
+
+
+def with_added(moments: Tensor, added: float, dtype: torch.dtype, order: Tensor | None = None) -> Tensor:
+    """H + added I, the sum in float64 and then in `dtype`; with `order` its rows and columns in that. Its own memory."""
+    moments = moments.detach()
+    diagonal = moments.diagonal().to(torch.float64) + added
+    if order is None:
+        H = moments.to(dtype, copy=True)
+    else:
+        H, diagonal = torch.empty_like(moments, dtype=dtype), diagonal[order]
+        for first in range(0, len(H), BLOCK):
+            H[first : first + BLOCK] = moments[order[first : first + BLOCK, None], order]
+    H.diagonal().copy_(diagonal)
+    return H
 
 
 def round_in_metric(
-    weight: Tensor, moments: Tensor, grid: Grid, *, passes: int = 2, codes: Tensor | None = None
+    weight: Tensor, moments: Tensor, grid: Grid, *, passes: int = 2, codes: Tensor | None = None, added: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """(codes uint8, what is left E = W - Q float32), both (out, in): one pass of feedback and `passes - 1` of descent.
 
-    weight: (out, in); moments H: (in, in), positive definite, so usually `damped`. Columns are taken in falling order of
-    H_jj. codes: where to go on from; then all passes are descent. Products are float32 over blocks of 64 columns, sums for
-    what a column makes up for are exact to about 1e-6 of the weights, so that a near tie may fall either way.
+    weight: (out, in); moments H: (in, in); the metric is H + added I, positive definite, so that moments are usually `damped`
+    or `added` is their `damping_of`. Columns are taken in falling order of H_jj. codes: where to go on from; then all passes
+    are descent. Products are float32 over blocks of 64 columns, sums for what a column makes up for are exact to about 1e-6 of
+    the weights, so that a near tie may fall either way. Memory: two copies of H in float64.
     Raises ShapeError for moments of another shape or less than one pass, NumericError where H is not positive definite.
     """
     if moments.shape != (weight.shape[1],) * 2:
         raise ShapeError(f"moments are (in_features, in_features); got {tuple(moments.shape)} for {tuple(weight.shape)}.")
     if passes < 1:
         raise ShapeError(f"rounding takes at least one pass; got {passes}.")
-    order = moments.diagonal().argsort(descending=True)
-    H = moments[order[:, None], order]
-    work = _Columns(weight, grid, order)
+    order = (moments.diagonal().to(torch.float64) + added).argsort(descending=True)
     if codes is None:
-        _feedback(work, _unit_lower(H))
+        lower = _unit_lower(moments, added, order)  # needs the most memory, so before all else is made
+        work = _Columns(weight, grid, order)
+        _feedback(work, lower)
         passes -= 1
+        del lower
     else:
+        work = _Columns(weight, grid, order)
         work.start(codes[:, order])
-    metric = H.to(torch.float32) if passes > 0 else H
-    for _ in range(passes):
-        _descend(work, metric)
+    if passes > 0:
+        metric = with_added(moments, added, torch.float32, order)
+        for _ in range(passes):
+            _descend(work, metric)
     back = order.argsort()
     return work.codes.T[:, back].contiguous(), work.error.T[:, back].contiguous()
 
@@ -137,9 +160,10 @@ class _Columns:
         return self.target[j] - values if self.offset is None else self.target[j] - values + self.offset[j]
 
 
-def _unit_lower(H: Tensor) -> Tensor:
-    """U^T of H = U D U^T, U unit upper triangular, float32: from the Cholesky factor of H read backwards."""
-    root, failed = torch.linalg.cholesky_ex(H.to(torch.float64).flip(0, 1))
+def _unit_lower(moments: Tensor, added: float, order: Tensor) -> Tensor:
+    """U^T of H + added I = U D U^T with rows and columns in `order`, U unit upper triangular, float32: from the Cholesky
+    factor of that read backwards."""
+    root, failed = torch.linalg.cholesky_ex(with_added(moments, added, torch.float64, order.flip(0)))
     if int(failed):
         raise NumericError("rounding needs positive definite moments; these are not. Give them a damping.")
     root /= root.diagonal().clone()  # in place: for a wide layer each copy takes as much as its moments
@@ -178,30 +202,30 @@ def round_with_steps(
     *,
     passes: int,
     rounds: int,
+    added: float = 0.0,
 ) -> tuple[Stored, Tensor]:
     """(steps as they are stored, codes (out, in) uint8): codes chosen for steps, then steps fitted to codes, in turns.
 
     first: steps to begin with, (out, groups), or (out, in) where groups do not divide a row, whose steps are never fitted;
-    store: steps -> what the format keeps of them, and the steps that it gives back. The first round takes `passes` passes of
-    `round_in_metric`, each of `rounds - 1` more fits the steps and takes as many of descent. The round with the least error
-    is returned, since what a format keeps of a step may be worse than the step before. Raises what `round_in_metric` raises,
-    and ShapeError for less than one round.
+    store: steps -> what the format keeps of them, and the steps that it gives back; added: as in `round_in_metric`. The first
+    round takes `passes` passes of that, each of `rounds - 1` more fits the steps and takes as many of descent. The round with
+    the least error is returned, since what a format keeps of a step may be worse than the step before. Raises what
+    `round_in_metric` raises, and ShapeError for less than one round.
     """
     if rounds < 1:
         raise ShapeError(f"rounding takes at least one round; got {rounds}.")
-    metric = moments.to(torch.float32)
     stored, steps = store(first)
     best: tuple[float, Stored, Tensor] | None = None
     codes: Tensor | None = None
     for index in range(rounds):
         grid = Grid(levels, steps)
-        codes, left = round_in_metric(weight, moments, grid, passes=passes, codes=codes)
-        error = float(((left @ metric) * left).sum(dtype=torch.float64))
+        codes, left = round_in_metric(weight, moments, grid, passes=passes, codes=codes, added=added)
+        error = float(((left @ with_added(moments, added, torch.float32)) * left).sum(dtype=torch.float64))
         if best is None or error < best[0]:
             best = (error, stored, codes)
         if index + 1 == rounds or steps.shape == weight.shape:
             break
-        stored, steps = store(fit_steps(weight, metric, grid, codes))
+        stored, steps = store(fit_steps(weight, with_added(moments, added, torch.float32), grid, codes))
     assert best is not None
     return best[1], best[2]
 
@@ -212,6 +236,12 @@ def search_steps(weight: Tensor, diagonal: Tensor, levels: Tensor, largest: Tens
     weight: (groups, width) float32; diagonal: H_jj laid out the same; largest: (groups, 1), the step that just reaches the
     largest weight; shares: (S,), tried in turn. -> (groups, 1) float32.
     """
+    groups = max(1, SEARCHED_NUMBERS // weight.shape[1])
+    parts = zip(weight.split(groups), diagonal.split(groups), largest.split(groups), strict=True)
+    return torch.cat([_searched(W, own, levels, most, shares) for W, own, most in parts])
+
+
+def _searched(weight: Tensor, diagonal: Tensor, levels: Tensor, largest: Tensor, shares: Tensor) -> Tensor:
     best, least = largest, torch.full_like(largest, torch.inf)
     for share in shares.tolist():
         step = largest * share
@@ -245,8 +275,10 @@ def _fitted_rows(W: Tensor, H: Tensor, levels: Tensor, step: Tensor) -> Tensor:
     for b in range(groups):
         rows = H[b * width : (b + 1) * width]
         system[:, b] = ((grouped[:, b] @ rows).view_as(grouped) * grouped).sum(2)
-    held = 1e-6 * system.diagonal(dim1=1, dim2=2)
+    diagonal = system.diagonal(dim1=1, dim2=2)
+    held = 1e-6 * diagonal
     held = torch.where(held > 0, held, 1.0)
-    new, failed = torch.linalg.solve_ex(system + torch.diag_embed(held), right + held * old)
+    diagonal += held
+    new, failed = torch.linalg.solve_ex(system, right + held * old)
     keeps = (failed != 0)[:, None] | ~new.isfinite() | (new * old <= 0)
     return torch.where(keeps, old, new).to(torch.float32)

@@ -9,7 +9,7 @@ from luthier.errors import ConfigError, NumericError, nearest
 from luthier.kernels.quantize import quantize_gguf
 from luthier.kernels.quantize_reference import packed_nibbles
 from luthier.kernels.storage import GGUF_BLOCKS
-from luthier.lowrank.rounding import DAMPING, Grid, damped, round_in_metric, round_with_steps, search_steps
+from luthier.lowrank.rounding import DAMPING, Grid, damping_of, round_in_metric, round_with_steps, search_steps
 from luthier.matrices import GGUFMatrix
 
 KINDS = ("q4_0", "q4_k")
@@ -32,18 +32,19 @@ def round_gguf(
     if kind not in KINDS:
         raise ConfigError(f"kinds that are rounded in a metric are {', '.join(KINDS)}; got {kind!r}.{nearest(kind, KINDS)}")
     blocks = quantize_gguf(weight.contiguous(), kind.upper())  # checks the weight and its shape
-    W, H = weight.to(torch.float32), damped(moments, damping)
-    rounded = _round_q4_0(W, H, passes, rounds) if kind == "q4_0" else _round_q4_k(W, H, blocks, passes * rounds)
-    return GGUFMatrix(rounded, kind)
+    W, added = weight.to(torch.float32), damping_of(moments, damping)
+    if kind == "q4_0":
+        return GGUFMatrix(_round_q4_0(W, moments, added, passes, rounds), kind)
+    return GGUFMatrix(_round_q4_k(W, moments, added, blocks, passes * rounds), kind)
 
 
-def _round_q4_0(W: Tensor, H: Tensor, passes: int, rounds: int) -> Tensor:
+def _round_q4_0(W: Tensor, moments: Tensor, added: float, passes: int, rounds: int) -> Tensor:
     width = GGUF_BLOCKS["q4_0"][0]
     grouped = W.reshape(-1, width)
     largest = grouped.gather(1, grouped.abs().argmax(1, keepdim=True)) / -8
-    diagonal = H.diagonal().to(torch.float32).expand(len(W), -1).reshape(-1, width)
-    first = search_steps(grouped, diagonal, SIGNED, largest).view(len(W), -1)
-    d, codes = round_with_steps(W, H, SIGNED, first, _half, passes=passes, rounds=rounds)
+    weights = (moments.diagonal().to(torch.float64) + added).to(torch.float32)
+    first = search_steps(grouped, weights.expand(len(W), -1).reshape(-1, width), SIGNED, largest).view(len(W), -1)
+    d, codes = round_with_steps(W, moments, SIGNED, first, _half, passes=passes, rounds=rounds, added=added)
     return torch.cat([d.reshape(-1, 1).view(torch.uint8), packed_nibbles(codes.reshape(-1, width))], 1).view(len(W), -1)
 
 
@@ -55,11 +56,11 @@ def _half(steps: Tensor) -> tuple[Tensor, Tensor]:
     return rounded, rounded.to(torch.float32)
 
 
-def _round_q4_k(W: Tensor, H: Tensor, blocks: Tensor, passes: int) -> Tensor:
+def _round_q4_k(W: Tensor, moments: Tensor, added: float, blocks: Tensor, passes: int) -> Tensor:
     size = GGUF_BLOCKS["q4_k"][1]
     header = blocks.view(-1, size)[:, :16]
     step, offset = (part.view(len(W), -1) for part in _k_steps(header))
-    codes, _ = round_in_metric(W, H, Grid(UNSIGNED, step, offset), passes=passes)
+    codes, _ = round_in_metric(W, moments, Grid(UNSIGNED, step, offset), passes=passes, added=added)
     pairs = codes.reshape(-1, 4, 2, 32)
     packed = (pairs[:, :, 0] | (pairs[:, :, 1] << 4)).reshape(-1, 128)
     return torch.cat([header, packed], 1).view(len(W), -1)

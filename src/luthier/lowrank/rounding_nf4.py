@@ -9,7 +9,7 @@ from luthier.errors import NumericError
 from luthier.kernels.quantize import Nf4, quantize_absmax, scales_of
 from luthier.kernels.quantize_reference import nf4_codes
 from luthier.kernels.storage import NF4_BLOCK
-from luthier.lowrank.rounding import DAMPING, damped, round_with_steps, search_steps
+from luthier.lowrank.rounding import DAMPING, damping_of, round_with_steps, search_steps
 from luthier.matrices import NF4Matrix
 
 
@@ -34,14 +34,15 @@ def round_nf4(
     """
     if weight.ndim != 2 or not bool(weight.isfinite().all()):
         raise NumericError("a weight to round must be a finite matrix (out, in). Download the model again.")
-    W, H, levels = weight.to(torch.float32), damped(moments, damping), nf4_codes()
+    W, added, levels = weight.to(torch.float32), damping_of(moments, damping), nf4_codes()
 
     def store(steps: Tensor) -> tuple[Nf4, Tensor]:
         stored = _stored(steps, double)
         return stored, _steps(stored, W)
 
-    first = _first_steps(W, H.diagonal(), levels)
-    return _packed(*round_with_steps(W, H, levels, first, store, passes=passes, rounds=rounds), weight.dtype)
+    first = _first_steps(W, moments.diagonal().to(torch.float64) + added, levels)
+    found = round_with_steps(W, moments, levels, first, store, passes=passes, rounds=rounds, added=added)
+    return _packed(*found, weight.dtype)
 
 
 def _first_steps(W: Tensor, diagonal: Tensor, levels: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ Source: QLoRA, arXiv:2305.14314; the layout is that of bitsandbytes' QuantState.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,6 +26,7 @@ MAX_STATE_BYTES = 4096
 # Numbers that are widened at a time. In float32 they take fewer bytes than most results: no result is put where they were, and
 # the next ones find room there again.
 CONVERTED_ELEMENTS = 1 << 18
+LARGEST_FLOAT32 = torch.finfo(torch.float32).max * (1 - 2**-20)  # what is below stays finite however its factors are rounded
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -173,15 +173,17 @@ class NF4Matrix(StoredMatrix):
         return kernels.rows(self.storage(), ids)
 
     def not_finite(self) -> int:
-        """How many weights are NaN or Inf: those whose scale is, or all where the maps or the offset are."""
-        weights = self.shape[0] * self.shape[1]
-        if not (self.quant_map.isfinite().all() and math.isfinite(self.nested_offset)):
-            return weights
-        if self.nested_absmax is None or self.nested_quant_map is None:
-            return min(weights, int((~self.absmax.isfinite()).sum()) * NF4_BLOCK)
-        if not self.nested_quant_map.isfinite().all():
-            return weights
-        return min(weights, int((~self.nested_absmax.isfinite()).sum()) * NF4_NESTED_BLOCK * NF4_BLOCK)
+        """How many weights are NaN or Inf, which finite scales and codes can be too where their product is beyond float32."""
+        if self._largest() <= LARGEST_FLOAT32:
+            return 0
+        return sum(int((~rows.isfinite()).sum()) for _, rows in self.row_blocks())
+
+    def _largest(self) -> float:
+        """What no weight's size exceeds, from the largest of each part; NaN where a part holds one."""
+        scale = _size(self.absmax)
+        if self.nested_absmax is not None and self.nested_quant_map is not None:
+            scale = _size(self.nested_quant_map) * _size(self.nested_absmax) + abs(self.nested_offset)
+        return _size(self.quant_map) * scale
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Matrix:
         """Follow the module between devices; a change of dtype is for weights that are numbers, never for codes and scales."""
@@ -216,6 +218,11 @@ class NF4Matrix(StoredMatrix):
         return f"{super().extra_repr()}{', double' if self.double_quant else ''}"
 
 
+def _size(numbers: Tensor) -> float:
+    """The largest absolute value; NaN where there is one."""
+    return float(numbers.abs().max())
+
+
 def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
     result = fn(tensor)
     return result if result.dtype == tensor.dtype else tensor.to(result.device)
@@ -241,6 +248,11 @@ def read_state(parts: Mapping[str, Tensor]) -> dict[str, Any]:
             f"got {kind!r}, {block!r} and {nested_block!r}."
         )
     whole = isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and 0 < size < 1 << 31 for size in shape)
-    if not whole or dtype not in DTYPES or (nested_block is not None and not isinstance(offset, float | int)):
-        raise ShapeError(f"{STATE_KEY} must give shape, dtype and offset; got {shape!r}, {dtype!r} and {offset!r}.")
+    is_number = type(offset) is float or (type(offset) is int and abs(offset) <= LARGEST_FLOAT32)
+    fits = is_number if nested_block is not None else offset is None
+    if not whole or not isinstance(dtype, str) or dtype not in DTYPES or not fits:
+        raise ShapeError(
+            f"{STATE_KEY} must give shape, dtype and, with nested scales alone, their offset; "
+            f"got {shape!r}, {dtype!r} and {offset!r}."
+        )
     return {"shape": (shape[0], shape[1]), "dtype": DTYPES[dtype], "nested_offset": None if offset is None else float(offset)}

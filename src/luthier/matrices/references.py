@@ -13,8 +13,10 @@ from luthier.kernels.quantize_reference import NF4_CODES
 
 BLOCK = 64
 
-# The 16 values of each format, divided by the largest. FP4: one sign, two exponent bits, one mantissa bit. Int4: evenly spread.
+# The values of each format, divided by the largest. Int4: evenly spread. E2M1: one sign, two exponent bits, one mantissa bit,
+# the float of QLoRA's table 2. FP4: bitsandbytes' table, E2M1 but for its least value, 1/192 of the largest in place of 1/12.
 TABLES = {
+    "e2m1": tuple(value / 6 for value in (-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6)),
     "fp4": tuple(value / 12 for value in (-12, -8, -6, -4, -3, -2, -0.0625, 0, 0.0625, 2, 3, 4, 6, 8, 12)),
     "int4": tuple(value / 7 for value in range(-7, 8)),
     "nf4": NF4_CODES,

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from luthier.errors import NumericError, ShapeError, nearest
 from luthier.kernels.quantize import quantize_gguf
-from luthier.kernels.storage import DENSE_DTYPES, KINDS
+from luthier.kernels.storage import DENSE_DTYPES, GGUF_BLOCKS, KINDS
 from luthier.matrices.dense import DenseMatrix
-from luthier.matrices.frozen import StoredMatrix
+from luthier.matrices.frozen import FrozenMatrix, StoredMatrix
 from luthier.matrices.gguf import GGUFMatrix
-from luthier.matrices.nf4 import NF4Matrix
+from luthier.matrices.nf4 import CONVERTED_ELEMENTS, NF4Matrix
 
 ROUNDED_KINDS = (*DENSE_DTYPES, "nf4", "q4_0", "q4_1", "q8_0", "q4_k", "q6_k")
 
@@ -33,3 +33,19 @@ def stored(weight: Tensor, kind: str) -> StoredMatrix:
     if not bool(torch.isfinite(dense).all()):
         raise NumericError(f"a matrix must be finite as it is stored; rounded to {kind}, it is not.")
     return DenseMatrix(dense)
+
+
+def converted(matrix: FrozenMatrix, kind: str) -> StoredMatrix:
+    """`stored(matrix.dequantize(), kind)`; where `kind` has fewer than 16 bits, a few rows in float32 at a time."""
+    if kind == "nf4":
+        return NF4Matrix.converted(matrix)
+    if kind in DENSE_DTYPES:
+        return stored(matrix.dequantize(), kind)
+    (rows, columns), (width, size) = matrix.shape, GGUF_BLOCKS[kind]
+    blocks = torch.empty(rows, columns // width * size, dtype=torch.uint8)
+    try:
+        for start, some in matrix.row_blocks(CONVERTED_ELEMENTS):
+            blocks[start : start + len(some)] = quantize_gguf(some, kind.upper())
+    except NumericError:
+        return stored(matrix.dequantize(), kind)  # which names its place in the whole
+    return GGUFMatrix(blocks, kind)

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from luthier.errors import ModelError, bulleted, one_line
+from luthier.errors import ModelError, PreflightError, bulleted, one_line
 from luthier.matrices import Matrix
 from luthier.strict_json import read_json
 from luthier.units import shortened, visible
@@ -76,7 +76,8 @@ class SafetensorsCheckpoint:
     def _read_header(self, path: Path) -> list[str]:
         problems: list[str] = []
         try:
-            with safe_open(path, framework="pt") as file:
+            # Torch maps a whole file as memory of its own, which fails where the file is larger than the machine's.
+            with safe_open(path, framework="np") as file:
                 for name in file.keys():  # noqa: SIM118 - not a dict
                     if name in self._file_of:
                         twice = f"{visible(self._file_of[name].name)} and in {visible(path.name)}"
@@ -112,13 +113,24 @@ class SafetensorsCheckpoint:
         path = self._file_of[name]
         if not mapped:
             # A mapping of its own, so that the pages read are given back as soon as the caller has converted them.
-            with safe_open(path, framework="pt") as file:
+            with _mapping(path) as file:
                 return file.get_tensor(name)
         if path not in self._mapped:
-            self._mapped[path] = safe_open(path, framework="pt")
+            self._mapped[path] = _mapping(path)
         tensor = self._mapped[path].get_tensor(name)
         # Writers need not align what they write, and kernels want whole elements at their own addresses.
         return tensor if tensor.data_ptr() % tensor.element_size() == 0 else tensor.clone()
+
+
+def _mapping(path: Path) -> safe_open:
+    """The file's tensors, mapped. Raises PreflightError where the system has no room for a mapping of its size."""
+    try:
+        return safe_open(path, framework="pt")
+    except RuntimeError as error:
+        raise PreflightError(
+            f"a weight file must be no larger than this machine can map at once; {path} has {path.stat().st_size} bytes. Cut "
+            "it in shards where there is more memory: save_pretrained(new_folder, max_shard_size='2GB')."
+        ) from error
 
 
 def _read_index(folder: Path) -> dict[str, str]:

@@ -20,6 +20,7 @@ MODEL_TYPE_OF = {"gemma3": "gemma3_text"}
 # Gemma's 27B models scale queries by hidden size over heads, the others by the head size; the files do not say.
 GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
 GEMMA3_LOCAL_ROPE_THETA = 10000.0
+PARTLY_ROTATED = ("phi3",)  # Transformers' classes of the others turn whole heads, whatever their configuration says
 
 
 class _Keys:
@@ -116,8 +117,10 @@ def _rope(keys: _Keys, content: dict[str, Any]) -> dict[str, Any]:
     """Rotary settings. Llama 3's scaling comes as factors of the frequencies, which longrope expresses exactly."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base", 10000.0)}
     rotated = keys.size("rope.dimension_count", content["head_dim"])
-    if rotated > content["head_dim"]:
-        keys.problems.append(f"{keys.architecture}.rope.dimension_count must be at most {content['head_dim']}; got {rotated}")
+    partly = keys.architecture in PARTLY_ROTATED
+    if rotated > content["head_dim"] or rotated % 2 or (rotated < content["head_dim"] and not partly):
+        sizes = f"even and at most {content['head_dim']}" if partly else f"the head size, {content['head_dim']}"
+        keys.problems.append(f"{keys.architecture}.rope.dimension_count must be {sizes}; got {rotated}")
     elif rotated != content["head_dim"]:
         rope["partial_rotary_factor"] = rotated / content["head_dim"]
     kind = keys.file.metadata.get(f"{keys.architecture}.rope.scaling.type", "none")

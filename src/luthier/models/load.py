@@ -25,7 +25,7 @@ from luthier.models.gguf_config import config_content
 from luthier.models.gguf_file import read_gguf
 from luthier.models.nf4_cache import cached_folder, open_cached, write_cached
 from luthier.models.nf4_checkpoint import holds_nf4, nf4_checkpoint
-from luthier.models.skeleton import build_skeleton, make_config, read_config
+from luthier.models.skeleton import build_skeleton, make_config, read_config, require_config
 from luthier.models.source import ModelSource, resolve
 from luthier.models.tokenizer import gguf_tokenizer, read_tokenizer
 from luthier.progress import Progress
@@ -121,6 +121,7 @@ def open_weights(path: Path) -> tuple[PretrainedConfig, WeightSource]:
 
 def _open_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     if path.is_dir():
+        require_config(path)
         _refuse_endless_files(path)
     return read_tokenizer(path) if path.is_dir() else gguf_tokenizer(read_gguf(path))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from luthier.config import NF4Options
 from luthier.errors import ModelError, PreflightError
 from luthier.matrices import Matrix, NF4Matrix
-from luthier.models.cache import cache_folder, discard, is_whole, publish, seal
+from luthier.models.cache import cache_folder, cache_root, discard, is_whole, publish, seal
 from luthier.models.checkpoint import SINGLE_FILE, SafetensorsCheckpoint, WeightSource
 from luthier.models.nf4_checkpoint import read_nf4
 from luthier.models.safetensors_writer import write_safetensors
@@ -27,7 +28,8 @@ def cached_folder(weights: Path, options: NF4Options) -> Path:
     """Where the quantised copy of these weights stands or will stand. weights: a model folder or a GGUF file.
 
     The name follows from the content: of every weight file the size, the time it was written, its first MiB (all names,
-    shapes and types) and 256 samples of 4 KiB; and from the options.
+    shapes and types) and 256 samples of 4 KiB; and from the options. Raises PreflightError where there is none and none can be
+    written; one that is there is only read.
     """
     digest = hashlib.sha256(f"{FORMAT} {options.double_quant} {sorted(options.skip_modules)}".encode())
     files = sorted(weights.glob("*.safetensors")) if weights.is_dir() else [weights]
@@ -39,7 +41,22 @@ def cached_folder(weights: Path, options: NF4Options) -> Path:
             for sample in range(SAMPLES):
                 file.seek(about.st_size * sample // SAMPLES)
                 digest.update(file.read(SAMPLE_BYTES))
-    return cache_folder("nf4") / digest.hexdigest()[:32]
+    folder = cache_root() / "nf4" / digest.hexdigest()[:32]
+    return folder if os.path.lexists(folder) else cache_folder("nf4") / folder.name
+
+
+def require_room(folder: Path, needed: int) -> None:
+    """Raise PreflightError where the disk of the cache has not so many bytes free for the new entry `folder`."""
+    free = shutil.disk_usage(folder.parent).free
+    if free < needed:
+        raise _no_room(folder, needed, f"{free} are free")
+
+
+def _no_room(folder: Path, needed: int, reason: object) -> PreflightError:
+    return PreflightError(
+        f"the cache must have room for the quantized weights, {needed} bytes; {folder.parent}: {reason}. "
+        "Leave cache_quantized out, or set LUTHIER_CACHE to another folder."
+    )
 
 
 def write_cached(folder: Path, quantized: Mapping[str, NF4Matrix]) -> None:
@@ -58,10 +75,7 @@ def write_cached(folder: Path, quantized: Mapping[str, NF4Matrix]) -> None:
             seal(stage)
     except OSError as error:
         needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        raise PreflightError(
-            f"the cache must have room for the quantized weights, {needed} bytes; {folder.parent}: {error.strerror or error}. "
-            "Leave cache_quantized out, or set LUTHIER_CACHE to another folder."
-        ) from error
+        raise _no_room(folder, needed, error.strerror or error) from error
 
 
 def open_cached(original: WeightSource, folder: Path) -> tuple[CachedSource | None, str | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ from huggingface_hub.errors import StrictDataclassError
 from torch.overrides import TorchFunctionMode
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from luthier.adapters.peft_config import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from luthier.errors import ModelError, nearest, one_line
 from luthier.models.compressed_description import DESCRIPTION_FILE
 from luthier.models.nf4_checkpoint import COMPRESSED_METHOD, check_quantization
 from luthier.strict_json import read_json
 
 CONFIG_FILE = "config.json"
+RUN_FILE = "config.resolved.yaml"  # what makes a folder a run's
 CONFIG_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, StrictDataclassError)
 BUILD_ERRORS = (*CONFIG_ERRORS, RuntimeError, AssertionError, ImportError, MemoryError)
 MAX_LAYERS = 1024
@@ -33,6 +36,7 @@ def read_config(folder: Path) -> PretrainedConfig:
 
     Raises ModelError if the file is not JSON, its model_type is unknown, or it is of a kind that is not supported.
     """
+    require_config(folder)
     path = folder / CONFIG_FILE
     try:
         content = read_json(path)
@@ -45,6 +49,22 @@ def read_config(folder: Path) -> PretrainedConfig:
     if named and not (folder / DESCRIPTION_FILE).is_file():
         raise ModelError(f"a compressed model has {DESCRIPTION_FILE} beside its weights; {folder} has none. Copy it again.")
     return make_config(content, str(path))
+
+
+def require_config(folder: Path) -> None:
+    """Raise ModelError, saying what to give instead, where a folder has no config.json and so is no model's."""
+    if not os.path.lexists(folder / CONFIG_FILE):
+        raise ModelError(f"a model folder holds {CONFIG_FILE}; {folder} does not. {_what_to_give(folder)}")
+
+
+def _what_to_give(folder: Path) -> str:
+    """What a person who named a folder that holds no model may have meant."""
+    if (folder / RUN_FILE).is_file():
+        return f"It is a run: give what `luthier export {folder} --to merged --out NEW` writes."
+    if (folder / ADAPTER_CONFIG_FILE).is_file():
+        return "It is an adapter: give the model that it was trained on, or what `luthier export RUN --to merged` writes."
+    inside = sorted(str(path) for path in folder.iterdir() if path.suffix == ".gguf" or (path / CONFIG_FILE).is_file())
+    return f"In it there are {', '.join(inside[:3])}." if inside else "Check the path, or download the model again."
 
 
 def make_config(content: dict[str, Any], where: str) -> PretrainedConfig:

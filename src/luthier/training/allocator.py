@@ -8,8 +8,10 @@ import platform
 
 from luthier.kernels.memory import keep_freed_memory
 
-MALLOC_MMAP_THRESHOLD, MALLOC_TRIM_THRESHOLD = -3, -1
+MALLOC_MMAP_THRESHOLD, MALLOC_TRIM_THRESHOLD, MALLOC_ARENA_MAX = -3, -1, -8
 LARGE_BLOCK_BYTES = 1 << 20
+# Above what a layer's activations take, below the second moments of a wide layer.
+LARGEST_KEPT_BYTES = 8 << 20
 
 
 def set_freed_memory_kept(kept: bool) -> None:
@@ -24,6 +26,17 @@ def set_freed_memory_kept(kept: bool) -> None:
     elif _is_glibc():
         ctypes.CDLL(None).mallopt(MALLOC_TRIM_THRESHOLD, LARGE_BLOCK_BYTES)
         ctypes.CDLL(None).mallopt(MALLOC_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
+
+
+def keep_small_freed_memory() -> None:
+    """What was freed stays in the process but for blocks of LARGEST_KEPT_BYTES and more, and all threads share one heap.
+
+    For work whose large tensors are few and of many sizes, between calls of `trim_free_memory`: it pays little for them in page
+    faults, and they leave no gaps. glibc only.
+    """
+    if _is_glibc():
+        keep_freed_memory(LARGEST_KEPT_BYTES)
+        ctypes.CDLL(None).mallopt(MALLOC_ARENA_MAX, 1)
 
 
 def release_free_memory() -> None:

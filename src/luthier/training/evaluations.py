@@ -16,7 +16,7 @@ from luthier.training.interrupts import Interrupts
 from luthier.training.rundir import SAMPLES, RunDir
 from luthier.training.schedule import is_due
 
-NOT_METRICS = ("kind", "step", "rows", "seconds")
+OF_THE_RECORD = ("kind", "step", "rows", "seconds")  # what was added to what `evaluate` gave
 
 
 @dataclass
@@ -96,4 +96,4 @@ class Evaluations:
 
 
 def _metrics(record: Record) -> dict[str, float]:
-    return {key: value for key, value in record.items() if key not in NOT_METRICS}
+    return {key: value for key, value in record.items() if key not in OF_THE_RECORD}

@@ -9,6 +9,10 @@ if TYPE_CHECKING:
     from luthier.training.result import RunResult
 
 Record = dict[str, Any]
+# Keys of a step's or an evaluation's record that are not figures of the model.
+NOT_METRICS = frozenset(
+    {"kind", "step", "epoch", "rows", "seconds", "tokens", "computed_tokens", "supervised_tokens", "tokens_per_second"}
+)
 
 
 class Listener:

@@ -92,7 +92,7 @@ def _held() -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` is a failed allocation; torch raises a plain RuntimeError for it on CPUs, a failed mapping an OSError."""
+    """Whether `error` is a failed allocation or mapping; torch raises a plain RuntimeError for both, Python an OSError."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
-    return "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    return any(words in str(error) for words in ("can't allocate memory", "not enough memory", "Cannot allocate memory"))

@@ -12,7 +12,7 @@ import torch
 from luthier.adapters.targets import low_rank_layers, resolve_saved
 from luthier.config import RunConfig
 from luthier.errors import PreflightError
-from luthier.models.nf4_cache import cached_folder
+from luthier.models.nf4_cache import cached_folder, require_room
 from luthier.models.packed import shares_prefixes
 from luthier.training.allocator import release_free_memory, set_freed_memory_kept
 from luthier.training.blueprint import Blueprint, read_blueprint, stored_bytes
@@ -265,13 +265,24 @@ def _disk_bytes(planner: Planner) -> int:
 
 
 def _quantized_bytes(planner: Planner) -> int:
-    """What cache_quantized will keep of the model, taken to be on the same disk; 0 without it, and where it is kept already."""
+    """What cache_quantized will keep of the model on the disk of the run; 0 without it, and where it is kept already.
+
+    Raises PreflightError where it goes to another disk and that has no room for it.
+    """
     config, blueprint = planner.config, planner.memory.blueprint
-    if not config.cache_quantized or cached_folder(Path(blueprint.path), config.nf4_options).exists():
+    if not config.cache_quantized or (folder := cached_folder(Path(blueprint.path), config.nf4_options)).exists():
         return 0
     layers = low_rank_layers(blueprint.skeleton)
     shapes = [layers[key.removesuffix(".weight")].matrix.shape for key, kind in blueprint.storages.items() if kind == "nf4"]
-    return sum(stored_bytes("nf4", *shape, double=config.double_quant) for shape in shapes)
+    needed = sum(stored_bytes("nf4", *shape, double=config.double_quant) for shape in shapes)
+    if _disk_of(folder.parent) == _disk_of(_existing(Path(config.out or "."))):
+        return needed
+    require_room(folder, needed)
+    return 0
+
+
+def _disk_of(folder: Path) -> int:
+    return folder.stat().st_dev
 
 
 def _existing(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 from luthier.adapters.spec import AdapterSpec
 from luthier.adapters.targets import low_rank_layers, resolve_saved, resolve_targets
 from luthier.config import RunConfig
+from luthier.errors import ModelError
 from luthier.linear import LowRankEmbedding
 from luthier.training.blueprint import Blueprint, read_blueprint
 from luthier.training.calibrate import TimeCosts
@@ -124,22 +126,42 @@ class Planner:
         chosen = self.config.micro_batch_tokens or self.config.recompute_layers is not None
         if chosen and self._with({"micro_batch_tokens": None, "recompute_layers": None}).cut()[1]:
             found.append("leave micro_batch_tokens and recompute_layers to the plan")
-        for method in ("lora", "qlora"):
-            closer = self.config.method == "full" or (method == "qlora" and self.config.method == "lora")
-            if closer and self.config.storage not in ("nf4", "asis") and self._with({"method": method, "base": None}).cut()[1]:
-                found.append(f"--method {method}")
+        found += self._other_bases()
         if length := self._fitting_length():
             found.append(f"--max-length {length} --on-long truncate")
-        smallest = min(map(self._peak, self._cuts()))
-        if smallest <= rss_bytes() + available_bytes():
-            found.append(f"--memory {smallest // 10**6 + 1}MB, which is there")
+        smallest, there = min(map(self._peak, self._cuts())), rss_bytes() + available_bytes()
+        if smallest <= there:
+            found.append(f"--memory {min(math.ceil(smallest / HEADROOM / 1e6), there // 10**6)}MB, which is there")
         return found
+
+    def _other_bases(self) -> list[str]:
+        """Methods and storages that take less than the configuration's and fit, each as the flags that ask for it."""
+        method, base, storage = self.config.method, self.config.base, self.config.storage
+        found = []
+        if method == "lora" and storage not in ("nf4", "asis"):
+            plain: dict[str, dict[str, Any]] = {"leave --base out": {"base": None}} if base else {}
+            plain |= {"--base bf16": {"base": "bf16"}} if base != "bf16" else {}
+            found += [flags for flags, changes in plain.items() if self._fits_with(changes)][:1]
+        if method == "full" and self._fits_with({"method": "lora", "base": None}):
+            found.append("--method lora")
+        if storage == "asis" and self._fits_with({"method": method, "base": "nf4"}):
+            found.append("--base nf4")
+        if storage not in ("nf4", "asis") and self._fits_with({"method": "qlora", "base": None}):
+            found.append("--method qlora" + (f" without --base {base}" if base else ""))
+        return found
+
+    def _fits_with(self, changes: dict[str, Any]) -> bool:
+        """Whether the run fits with these changes; not where the model cannot be stored so."""
+        try:
+            return self._with(changes).cut()[1]
+        except ModelError:
+            return False
 
     def _with(self, changes: dict[str, Any]) -> Planner:
         """The planner of a changed configuration; costs of a token are taken to stay as they are."""
         config = self.config.model_copy(update=changes)
         memory = self.memory
-        if "method" in changes:
+        if "base" in changes:
             blueprint = read_blueprint(config, Listener())
             memory = replace(memory, blueprint=blueprint, trained=count_trained(blueprint, config)[1], trains_base=False)
         return replace(self, config=config, memory=memory)

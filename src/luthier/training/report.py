@@ -15,15 +15,13 @@ from luthier.config import RunConfig
 from luthier.disk import write_atomically
 from luthier.pages.page import Fact, Tile, render_page
 from luthier.training.charts import Chart, Series, line_chart
+from luthier.training.events import NOT_METRICS
 from luthier.training.plots import write_plots
 from luthier.training.run_files import RunFiles, finite, read_run_files
 from luthier.units import count_text, duration_text, metric_text, number_text, percent_text, size_text, visible
 
 ASSETS = Path(__file__).with_name("assets")
 METRIC_NAMES = {"loss": "held-out loss", "perplexity": "held-out perplexity", "exact_match": "exact match"}
-NOT_METRICS = frozenset(
-    {"kind", "step", "epoch", "rows", "seconds", "tokens", "computed_tokens", "supervised_tokens", "tokens_per_second"}
-)
 LONGEST_VALUE = 2_000
 
 

@@ -277,7 +277,8 @@ class Factored {
     const int lanes = tokens <= k_.columns / 2 ? k_.columns / 2 : k_.columns;
     for (std::int64_t s = first; s < last; ++s, c += w.rows * k_.columns) {
       const int rows = int(std::min<std::int64_t>(w.rows, w.features - s * w.rows));
-      k_.tile({w.data + s * w.rows * w.depth, panel, w.depth, nullptr, nullptr, 0, c, k_.columns, rows, lanes, accumulate, nullptr});
+      const float* sliver = w.data + s * w.rows * w.depth;
+      k_.tile({sliver, panel, w.depth, nullptr, nullptr, 0, c, k_.columns, rows, lanes, accumulate, nullptr});
     }
   }
 

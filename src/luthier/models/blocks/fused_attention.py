@@ -13,7 +13,7 @@ from luthier.kernels.attention import attention_backward_op, attention_op
 from luthier.kernels.elementwise_ops import rms_norm_backward_op, rms_norm_op, rotary_in_place_op
 from luthier.models.blocks.description import AttentionHalf, Norm
 from luthier.models.blocks.fused_mlp import norm_and_linears_backward
-from luthier.models.blocks.linears import FirstAtRows, Linears, linears_of
+from luthier.models.blocks.linears import FirstAtRows, Linears, linears_of, wants_of
 from luthier.models.blocks.tokens import Tables, Tokens, query_tables
 
 HEAD_UNIT = 16  # The kernel takes head sizes in whole multiples of this.
@@ -70,7 +70,7 @@ class _FusedAttention(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, plan: _Plan, *small: Tensor | None) -> Tensor:
         half = plan.half
         first, second = small[: plan.projections.small_count], small[plan.projections.small_count :]
-        wants_dx, wants_first, wants_second = _wants(ctx, plan)
+        wants_dx, wants_first, wants_second = wants_of(ctx.needs_input_grad, plan.projections.small_count)
         _, normed, _ = rms_norm_op(x, None, half.norm.weight, half.norm.plus, half.norm.eps)
         outputs, inner = plan.projections.forward(normed, first)
         del normed
@@ -110,7 +110,7 @@ class _FusedAttention(torch.autograd.Function):
         x, kept_y, inverse, q, k, v, attended, lse, *rest = ctx.saved_tensors
         inner, (inner_output, *small) = rest[: projections.count], rest[projections.count :]
         first, second = small[: projections.small_count], small[projections.small_count :]
-        wants_dx, wants_first, wants_second = _wants(ctx, plan)
+        wants_dx, wants_first, wants_second = wants_of(ctx.needs_input_grad, plan.projections.small_count)
         below = wants_dx or any(wants_first)
         dout = dout.contiguous()
         dy = dout
@@ -129,11 +129,6 @@ class _FusedAttention(torch.autograd.Function):
         dresidual = _from_rows(dout, plan.rows, len(k)) if wants_dx else None
         dx, first_gradients = norm_and_linears_backward(half.norm, projections, x, pieces, inner, first, wants_first, dresidual)
         return dx, None, *first_gradients, *second_gradients
-
-
-def _wants(ctx: Any, plan: _Plan) -> tuple[bool, tuple[bool, ...], tuple[bool, ...]]:
-    wants_dx, _, *small = ctx.needs_input_grad
-    return wants_dx, tuple(small[: plan.projections.small_count]), tuple(small[plan.projections.small_count :])
 
 
 def _heads(outputs: list[Tensor], plan: _Plan) -> tuple[Tensor, Tensor, Tensor]:

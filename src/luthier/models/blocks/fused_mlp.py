@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from luthier.kernels.elementwise_ops import gated_backward_op, gated_op, rms_norm_backward_op, rms_norm_op
 from luthier.models.blocks.description import MlpHalf, Norm
-from luthier.models.blocks.linears import FirstAtRows, Linears, linears_of
+from luthier.models.blocks.linears import FirstAtRows, Linears, linears_of, wants_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ class _FusedMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, plan: _Plan, *small: Tensor | None) -> Tensor:
         first, second = small[: plan.projections.small_count], small[plan.projections.small_count :]
-        wants_dx, wants_first, wants_second = _wants(ctx, plan)
+        wants_dx, wants_first, wants_second = wants_of(ctx.needs_input_grad, plan.projections.small_count)
         _, normed, _ = rms_norm_op(x, None, plan.norm.weight, plan.norm.plus, plan.norm.eps)
         outputs, inner = plan.projections.forward(normed, first)
         del normed
@@ -77,7 +77,7 @@ class _FusedMlp(torch.autograd.Function):
         outputs, rest = rest[: ctx.outputs], rest[ctx.outputs :]
         inner, (inner_down, *small) = rest[: plan.projections.count], rest[plan.projections.count :]
         first, second = small[: plan.projections.small_count], small[plan.projections.small_count :]
-        wants_dx, wants_first, wants_second = _wants(ctx, plan)
+        wants_dx, wants_first, wants_second = wants_of(ctx.needs_input_grad, plan.projections.small_count)
         below = wants_dx or any(wants_first)
         dout = dout.contiguous()
         dy = dout
@@ -95,11 +95,6 @@ class _FusedMlp(torch.autograd.Function):
             plan.norm, plan.projections, x, pieces, inner, first, wants_first, dout if wants_dx else None
         )
         return dx, None, *first_gradients, *second_gradients
-
-
-def _wants(ctx: Any, plan: _Plan) -> tuple[bool, tuple[bool, ...], tuple[bool, ...]]:
-    wants_dx, _, *small = ctx.needs_input_grad
-    return wants_dx, tuple(small[: plan.projections.small_count]), tuple(small[plan.projections.small_count :])
 
 
 def norm_and_linears_backward(

@@ -134,6 +134,15 @@ def _gradients_of_A(
     return gradients
 
 
+def wants_of(needs_input_grad: Sequence[bool], first_count: int) -> tuple[bool, tuple[bool, ...], tuple[bool, ...]]:
+    """Which gradients a half is asked for: of x, of its first `first_count` small tensors, and of the rest.
+
+    needs_input_grad: autograd's, for (x, plan, *small).
+    """
+    wants_dx, _, *small = needs_input_grad
+    return wants_dx, tuple(small[:first_count]), tuple(small[first_count:])
+
+
 def linears_of(layers: Sequence[LowRankLinear]) -> tuple[Linears, list[Tensor | None]]:
     """The layers' matrices, and `small`: their biases and terms, several terms of a layer joined into one."""
     stored, layout, numbers, bias, A, B = flatten([_part(layer) for layer in layers])
