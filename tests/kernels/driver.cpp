@@ -18,6 +18,8 @@ LT_API int lt_linear_forward(const float*, std::int64_t, const lt_linear*, int, 
 LT_API int lt_linear_backward_input(float*, std::int64_t, const lt_linear*, int, int);
 LT_API int lt_outer(const float*, std::int64_t, const float*, std::int64_t, std::int64_t, float, float*, int, int);
 LT_API int lt_dequantize_rows(const lt_matrix*, const std::int64_t*, std::int64_t, float*, int);
+LT_API int lt_factored_forward(const float*, std::int64_t, const lt_factors*, const float*, float*, int);
+LT_API int lt_factored_backward_input(float*, std::int64_t, const lt_factors*, const float*, int);
 
 namespace {
 
@@ -135,6 +137,48 @@ std::vector<float> run(int kind, std::int64_t T, std::int64_t N, std::int64_t K,
   return y;
 }
 
+// L: (M, r), R: (r, K); outputs in reverse of R's rows and L's where `pivoted`.
+std::vector<float> run_factored(int kind, std::int64_t T, std::int64_t M, std::int64_t r, std::int64_t K, bool pivoted, int threads) {
+  engine.seed(unsigned(kind * 1000 + T));
+  const Stored left(kind, M, r), right(kind, r, K);
+  std::vector<float> l(std::size_t(M * r)), rows(std::size_t((r + M) * K));
+  lt_dequantize_rows(&left.matrix, nullptr, M, l.data(), threads);
+  lt_dequantize_rows(&right.matrix, nullptr, r, rows.data(), threads);
+  std::vector<double> product(std::size_t(M * K));
+  add_product(product, l.data(), rows.data(), M, K, r, false, 1.0);
+  const std::int64_t N = pivoted ? r + M : M;
+  std::vector<double> w(std::size_t(N * K));
+  std::vector<std::int32_t> places(static_cast<std::size_t>(N));
+  for (std::int64_t o = 0; o < N; ++o) {
+    places[o] = std::int32_t(r + M - 1 - o);
+    const std::int64_t row = pivoted ? places[o] : r + o;
+    for (std::int64_t k = 0; k < K; ++k) w[o * K + k] = row < r ? rows[row * K + k] : product[(row - r) * K + k];
+  }
+  const auto x = random_floats(std::size_t(T * K)), dy = random_floats(std::size_t(T * N)), bias = random_floats(std::size_t(N));
+  std::vector<float> y(std::size_t(T * N)), dx(std::size_t(T * K));
+  const lt_factors factors{&right.matrix, &left.matrix, pivoted ? places.data() : nullptr, N};
+  if (lt_factored_forward(x.data(), T, &factors, bias.data(), y.data(), threads) ||
+      lt_factored_backward_input(dx.data(), T, &factors, dy.data(), threads)) {
+    std::printf("FAILED %s: an entry for factors refused its arguments\n", kinds[kind].name);
+    ++failures;
+  }
+  std::vector<double> want_y(y.size()), want_dx(dx.size());
+  for (std::int64_t t = 0; t < T; ++t) {
+    for (std::int64_t o = 0; o < N; ++o) {
+      double sum = bias[o];
+      for (std::int64_t k = 0; k < K; ++k) {
+        sum += x[t * K + k] * w[o * K + k];
+        want_dx[t * K + k] += dy[t * N + o] * w[o * K + k];
+      }
+      want_y[t * N + o] = sum;
+    }
+  }
+  check("y of factors", kinds[kind].name, y, want_y);
+  check("dx of factors", kinds[kind].name, dx, want_dx);
+  y.insert(y.end(), dx.begin(), dx.end());
+  return y;
+}
+
 // After a fork the child has no threads of its parent's: it must still finish.
 void check_fork() {
   std::uint64_t hash = 0;
@@ -161,6 +205,14 @@ int main(int count, char**) {
       if (one != two) std::printf("FAILED %s: threads change the result\n", kinds[kind].name), ++failures;
     }
     run(kind, 33, 96, 512, 16, 2, &hash);
+    const std::int64_t rank = ragged ? 21 : 256, columns = ragged ? 77 : 256;
+    for (std::int64_t T : {1, 9, 37, 100}) {
+      for (const bool pivoted : {false, true}) {
+        const auto one = run_factored(kind, T, 30, rank, columns, pivoted, 1);
+        const auto two = run_factored(kind, T, 30, rank, columns, pivoted, 3);
+        if (one != two) std::printf("FAILED %s: threads change the results of factors\n", kinds[kind].name), ++failures;
+      }
+    }
     std::printf("%s %016llx\n", kinds[kind].name, static_cast<unsigned long long>(hash));
   }
   if (count > 1) check_fork();

@@ -12,7 +12,7 @@ import torch
 
 from luthier.kernels import native
 
-PARTS = ("linear", "storage", "quantize", "elementwise", "head", "attention", "decoder")
+PARTS = ("linear", "factored", "storage", "quantize", "elementwise", "head", "attention", "decoder")
 TESTS = [Path(__file__).with_name(f"test_kernel_{part}.py") for part in PARTS]
 
 

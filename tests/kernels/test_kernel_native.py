@@ -101,6 +101,8 @@ def test_the_library_refuses_what_the_binding_should_have():
     [
         ("lt_linear_forward", [None, 3, None, 1, 1]),
         ("lt_linear_backward_input", [None, 3, None, 1, 1]),
+        ("lt_factored_forward", [None, 3, None, None, None, 1]),
+        ("lt_factored_backward_input", [None, 3, None, None, 1]),
         ("lt_outer", [None, 4, None, 8, 3, 1.0, None, 0, 1]),
         ("lt_dequantize_rows", [None, None, 2, None, 1]),
         ("lt_linear_cross_entropy", [None, 3, None, None, None, 1.0, 0.0, 0.0, None, 1, None, None, 1]),

@@ -22,7 +22,7 @@ from torch import Tensor
 import luthier.kernels
 from luthier.errors import ConfigError, LuthierError, ShapeError, nearest
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 LIBRARY_NAME = "libluthier_kernels.dylib" if sys.platform == "darwin" else "libluthier_kernels.so"
 MODES = ("native", "reference")
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "neon")

@@ -112,7 +112,12 @@ class FactoredMatrix(FrozenMatrix):
 
     def matmul(self, x: Tensor, bias: Tensor | None = None, term: kernels.Term | None = None) -> Tensor:
         """x W^T + bias + term in x's dtype, W never formed. x: (..., in_features) -> (..., out_features)."""
-        return self.matmul_after(self.inner(x), x, bias, term)
+        left, right = self.left, self.right
+        # One kernel multiplies both: float32 on the CPU, as in `product`, and factors that are stored and frozen.
+        fits = x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0 and self.base is None
+        if not fits or not _is_frozen(left) or not _is_frozen(right):
+            return self.matmul_after(right.matmul(x), x, bias, term)
+        return self._with_term(kernels.factored_linear(x, left.storage(), right.storage(), self.places, bias), x, term)
 
     def matmul_after(self, inner: Tensor, x: Tensor, bias: Tensor | None = None, term: kernels.Term | None = None) -> Tensor:
         """`matmul` where `inner(x)` is known already, from a layer that shares the right factor."""
@@ -124,6 +129,10 @@ class FactoredMatrix(FrozenMatrix):
             # Torch gathers columns by int64 a third faster than by int32.
             y = torch.cat([inner, self.left.matmul(inner)], -1).index_select(-1, self.places.to(torch.int64))
             y = y if bias is None else y + bias.to(y.dtype)
+        return self._with_term(y, x, term)
+
+    @staticmethod
+    def _with_term(y: Tensor, x: Tensor, term: kernels.Term | None) -> Tensor:
         if term is None:
             return y
         low_rank = F.linear(F.linear(x.to(term.A.dtype), term.A), term.B)
@@ -155,8 +164,15 @@ class FactoredMatrix(FrozenMatrix):
         return [self.left, self.right, *([] if self.base is None else [self.base])]
 
 
+def _is_frozen(part: StoredMatrix) -> bool:
+    # While a compressed model heals, parts are of a kind that is none of these.
+    return isinstance(part, StoredMatrix) and not part.weight.requires_grad
+
+
 def _problem(left: StoredMatrix, right: StoredMatrix, base: StoredMatrix | None, places: Tensor | None) -> str | None:
     """What does not fit, or None."""
+    if left.transposed or right.transposed:
+        return "factors lie (out, rank) and (rank, in); got a transposed one."
     if left.shape[1] != right.shape[0]:
         return f"factors are (out, rank) and (rank, in); got {left.shape} and {right.shape}."
     if base is not None and (places is not None or base.shape != (left.shape[0], right.shape[1])):

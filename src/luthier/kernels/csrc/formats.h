@@ -87,24 +87,40 @@ struct Nf4 {
   LT_INLINE_MEMBER void codes(std::int64_t flat, int group, Emit&& emit) const {
     table.look_up(data + flat / 2 + 16 * group, emit);
   }
-  // Rows that do not begin at a multiple of 32: the weights one by one.
+  // Rows that do not begin at a multiple of 32: from a whole byte on by the table, with at most two scales.
   template <class Emit>
   void crooked(std::int64_t flat, Emit&& emit) const {
-    float out[kBlock];
-    one_by_one(flat, kBlock, out);
+    alignas(64) float out[kBlock];
+    if (flat % 2 != 0) {
+      any(flat, kBlock, out);
 #pragma GCC unroll 8
-    for (int i = 0; i < kBlock; i += VL) emit(load(out + i), i);
+      for (int i = 0; i < kBlock; i += VL) emit(load(out + i), i);
+      return;
+    }
+    const int left = 64 - int(flat % 64);
+    const float s = scale(flat), next = left < kBlock ? scale(flat + left) : s;
+    for (int i = 0; i < kBlock; ++i) out[i] = i < left ? s : next;
+    table.look_up(data + flat / 2, [&](vf v, int i) { emit(v * load(out + i), i); });
   }
-  void one_by_one(std::int64_t flat, std::int64_t count, float* out) const {
-    for (std::int64_t i = 0; i < count; ++i) {
-      const std::int64_t at = flat + i;
-      const int nibble = at % 2 == 0 ? data[at / 2] >> 4 : data[at / 2] & 15;
-      out[i] = m.code[nibble] * scale(at);
+  float one(std::int64_t flat) const {
+    const int nibble = flat % 2 == 0 ? data[flat / 2] >> 4 : data[flat / 2] & 15;
+    return m.code[nibble] * scale(flat);
+  }
+  // Any weights from `flat` on: whole bytes by the table, each 32 weights of at most two scales.
+  void any(std::int64_t flat, std::int64_t count, float* out) const {
+    if (flat % 2 != 0 && count > 0) *out++ = one(flat++), --count;
+    for (; count > 0; flat += kBlock, out += kBlock, count -= kBlock) {
+      const int here = count < kBlock ? int(count) : kBlock, left = 64 - int(flat % 64), first = here < left ? here : left;
+      std::uint8_t bytes[kBlockBytes] = {};
+      std::memcpy(bytes, data + flat / 2, std::size_t(here + 1) / 2);
+      alignas(64) float values[kBlock];
+      table.look_up(bytes, [&](vf v, int i) { store(values + i, v); });
+      const float s = scale(flat), next = first < here ? scale(flat + first) : 0.0f;
+      for (int i = 0; i < first; ++i) out[i] = values[i] * s;
+      for (int i = first; i < here; ++i) out[i] = values[i] * next;
     }
   }
-  void some(std::int64_t row, std::int64_t col, std::int64_t count, float* out) const {
-    one_by_one(row * m.cols + col, count, out);
-  }
+  void some(std::int64_t row, std::int64_t col, std::int64_t count, float* out) const { any(row * m.cols + col, count, out); }
 };
 
 // Asks for the 32 weights from (row, col) to be brought near.

@@ -30,7 +30,7 @@ bool lt_missing(const P*... pointers) {
 }
 
 // Raised whenever an entry's signature changes; the loader refuses another number.
-constexpr int kAbiVersion = 6;
+constexpr int kAbiVersion = 7;
 
 LT_API int lt_abi_version();
 // 0 portable, 1 avx2, 2 avx512, 3 neon; -1 when LUTHIER_ISA cannot be obeyed.
