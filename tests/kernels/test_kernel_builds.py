@@ -23,8 +23,8 @@ STARTS_PROCESSES = (
     "test_kernel_memory.py",
     "test_kernel_passes_neon.py",
 )
-# Tests of everything but the linear layer, which the driver runs on every instruction set.
-PASSES = ("elementwise", "head", "attention", "quantize", "decoder")
+# Tests of everything but the linear layer, which the driver runs on every instruction set; of factors it has small shapes.
+PASSES = ("elementwise", "head", "attention", "quantize", "decoder", "factored")
 
 
 def build(folder: Path, *options: str) -> Path:

@@ -95,9 +95,8 @@ def test_factors_may_be_stored_differently(kinds):
         check(kinds, (70, 50, 64, 32), form)
 
 
-# Weights that are not decoded at once, in each of the four products; more tokens than a block; results of so many outputs
-# that a block has few tokens.
-# x and dy whose rows are whole pages apart.
+# x whose rows are whole pages apart; weights that are not decoded at once, in each of the four products; more tokens than a
+# block; results of so many outputs that a block has few tokens.
 LARGE_SHAPES = [(70, 1024, 1024, 40), (40, 1500, 1536, 1400), (1100, 20, 16, 8), (200, 20000, 32, 8)]
 
 
@@ -169,8 +168,13 @@ def test_what_does_not_fit_is_refused():
         factored_linear(x[:, :31], left, right)
     with pytest.raises(ShapeError, match=r"bias must be float32 of shape \(28,\); got \(20,\)"):
         factored_linear(x, left, right, places, torch.zeros(20))
-    with pytest.raises(ShapeError, match=r"places must be torch.int32; got torch.int64"):
-        factored_linear(x, left, right, places.long())
+    for mode in native.MODES:
+        for wrong, came in ((places.long(), r"\(28,\) torch.int64"), (places[0], r"\(\) torch.int32")):
+            with (
+                native.forced(mode),
+                pytest.raises(ShapeError, match=rf"places must be torch.int32 of shape \(out_features,\); got {came}"),
+            ):
+                factored_linear(x, left, right, wrong)
     with pytest.raises(ShapeError, match="lt_factored_forward refused its arguments"):
         factored_linear(x, left, right, places + 1)
 

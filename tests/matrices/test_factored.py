@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from luthier import linear
 from luthier.errors import NumericError, ShapeError
+from luthier.kernels import registry
 from luthier.linear import LowRankLinear, LowRankTerm, count_numbers, outputs_of
 from luthier.matrices import DenseMatrix, FactoredMatrix, NF4Matrix, stored
 from luthier.matrices.factored import FactoredKind
@@ -47,6 +48,18 @@ def test_products_are_those_of_the_dense_matrix(form: str, kind: str) -> None:
     ids = torch.tensor([[0, ROWS - 1], [5, 5]])
     torch.testing.assert_close(matrix.rows(ids).double(), W[ids], rtol=0, atol=1e-4)
     torch.testing.assert_close(matrix.row_norms_squared(), W.square().sum(1), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["plain", "pivoted"])
+def test_one_kernel_multiplies_with_both_factors_in_float32_alone(form: str) -> None:
+    matrix = factored(form, "bf16", "nf4")
+    W, x, bias = dense(matrix), torch.randn(TOKENS, COLUMNS, dtype=torch.float64), torch.randn(ROWS)
+    op = next(op for op in registry.registered_ops() if op.name == "factored_linear")
+    for dtype, calls, error in ((torch.float32, 1, 1e-6), (torch.float64, 0, 1e-12), (torch.bfloat16, 0, 0.02)):
+        before, own = op.native_calls, x.to(dtype)
+        y, expected = matrix.matmul(own, bias), own.double() @ W.T + bias
+        assert (y.dtype, op.native_calls - before) == (dtype, calls)
+        assert (y.double() - expected).norm() <= error * expected.norm()
 
 
 @pytest.mark.parametrize("form", FORMS)

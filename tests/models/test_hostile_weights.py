@@ -223,8 +223,10 @@ def test_a_file_larger_than_any_memory_has_its_header_read(single: Path) -> None
 
 
 def test_a_file_that_cannot_be_mapped_is_no_fault_of_the_program(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = "unable to mmap 141107505472 bytes from file: Cannot allocate memory (12)"
+
     def refuse(*_: object, **__: object) -> None:
-        raise RuntimeError("unable to mmap 141107505472 bytes from file: Cannot allocate memory (12)")
+        raise RuntimeError(reason)
 
     weights = SafetensorsCheckpoint(single)
     monkeypatch.setattr(checkpoint, "safe_open", refuse)
@@ -232,6 +234,9 @@ def test_a_file_that_cannot_be_mapped_is_no_fault_of_the_program(single: Path, m
     for mapped in (True, False):
         with pytest.raises(PreflightError, match=rf"no larger than this machine can map.*has {size} bytes\. Cut it in shards"):
             weights.tensor("model.norm.weight", mapped=mapped)
+    reason = "unable to open file in read-write mode: Too many open files (24)"
+    with pytest.raises(RuntimeError, match="Too many open files"):
+        weights.tensor("model.norm.weight", mapped=True)
 
 
 def test_nan_in_a_plain_weight_loads_and_is_found(single: Path) -> None:

@@ -259,6 +259,9 @@ def test_the_memory_that_is_named_is_enough_for_the_plan_to_choose_by(monkeypatc
     smallest = min(small.footprint(cut).peak_bytes for cut in small._cuts())
     monkeypatch.setattr(planner_module, "available_bytes", lambda: smallest + MB)
     assert small.suggestions() == [f"--memory {(smallest + MB) // MB}MB, which is there"]
+    monkeypatch.setattr(planner_module, "available_bytes", lambda: smallest)
+    assert smallest % MB  # the whole megabytes that are there are fewer than the run takes
+    assert small.suggestions() == []
 
 
 def test_a_base_that_the_model_cannot_have_is_not_advised(tmp_path: Path) -> None:

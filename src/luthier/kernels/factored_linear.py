@@ -44,6 +44,8 @@ def factored_linear(
         )
     if x.ndim < 1 or x.shape[-1] != right.shape[1]:
         raise ShapeError(f"x must have {right.shape[1]} features in its last dimension; got shape {tuple(x.shape)}.")
+    if places is not None and (places.dtype != PLACES or places.ndim != 1):
+        raise ShapeError(f"places must be {PLACES} of shape (out_features,); got {tuple(places.shape)} {places.dtype}.")
     outputs = left.shape[0] if places is None else places.shape[0]
     if bias is not None and (tuple(bias.shape) != (outputs,) or bias.dtype != F32):
         raise ShapeError(f"bias must be float32 of shape ({outputs},); got {tuple(bias.shape)} {bias.dtype}.")

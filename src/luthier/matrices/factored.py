@@ -106,10 +106,6 @@ class FactoredMatrix(FrozenMatrix):
         """Of all parts, a shared right factor included."""
         return sum(part.size_bytes for part in self._parts()) + (0 if self.places is None else self.places.nbytes)
 
-    def inner(self, x: Tensor) -> Tensor:
-        """x R^T in x's dtype. x: (..., in_features) -> (..., rank)."""
-        return self.right.matmul(x)
-
     def matmul(self, x: Tensor, bias: Tensor | None = None, term: kernels.Term | None = None) -> Tensor:
         """x W^T + bias + term in x's dtype, W never formed. x: (..., in_features) -> (..., out_features)."""
         left, right = self.left, self.right
@@ -120,7 +116,7 @@ class FactoredMatrix(FrozenMatrix):
         return self._with_term(kernels.factored_linear(x, left.storage(), right.storage(), self.places, bias), x, term)
 
     def matmul_after(self, inner: Tensor, x: Tensor, bias: Tensor | None = None, term: kernels.Term | None = None) -> Tensor:
-        """`matmul` where `inner(x)` is known already, from a layer that shares the right factor."""
+        """`matmul` where inner = x R^T, (..., rank), is known already, from a layer that shares the right factor."""
         if self.base is not None:
             return self.base.matmul(x, bias, term) + self.left.matmul(inner)
         if self.places is None:

@@ -127,6 +127,8 @@ def _mapping(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except RuntimeError as error:
+        if "mmap" not in str(error):
+            raise
         raise PreflightError(
             f"a weight file must be no larger than this machine can map at once; {path} has {path.stat().st_size} bytes. Cut "
             "it in shards where there is more memory: save_pretrained(new_folder, max_shard_size='2GB')."

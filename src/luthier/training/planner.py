@@ -129,9 +129,9 @@ class Planner:
         found += self._other_bases()
         if length := self._fitting_length():
             found.append(f"--max-length {length} --on-long truncate")
-        smallest, there = min(map(self._peak, self._cuts())), rss_bytes() + available_bytes()
-        if smallest <= there:
-            found.append(f"--memory {min(math.ceil(smallest / HEADROOM / 1e6), there // 10**6)}MB, which is there")
+        smallest, there_mb = min(map(self._peak, self._cuts())), (rss_bytes() + available_bytes()) // 10**6
+        if smallest <= there_mb * 10**6:
+            found.append(f"--memory {min(math.ceil(smallest / HEADROOM / 1e6), there_mb)}MB, which is there")
         return found
 
     def _other_bases(self) -> list[str]:

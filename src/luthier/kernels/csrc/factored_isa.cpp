@@ -14,15 +14,6 @@ constexpr int kLanes = (kRows + VL - 1) / VL * VL;
 constexpr int common(int a, int b) { return b == 0 ? a : common(b, a % b); }
 constexpr int kGroup = kRows / common(kRows, kBlock) * kBlock;
 
-template <class Format>
-LT_INLINE void stretch(const Format& format, std::int64_t row, std::int64_t col, std::int64_t count, float* out) {
-  if (count == kBlock) {
-    format.block(row, col, [&](vf v, int i) { store(out + i, v); });
-  } else {
-    format.some(row, col, count, out);
-  }
-}
-
 // `count` floats, and nothing beside them.
 LT_INLINE void put_exactly(const float* from, int count, float* to) {
   int i = 0;

@@ -123,6 +123,16 @@ struct Nf4 {
   void some(std::int64_t row, std::int64_t col, std::int64_t count, float* out) const { any(row * m.cols + col, count, out); }
 };
 
+// One stretch of a stored row, 32 weights or fewer, in float32.
+template <class Format>
+LT_INLINE void stretch(const Format& format, std::int64_t row, std::int64_t col, std::int64_t count, float* out) {
+  if (count == kBlock) {
+    format.block(row, col, [&](vf v, int i) { store(out + i, v); });
+  } else {
+    format.some(row, col, count, out);
+  }
+}
+
 // Asks for the 32 weights from (row, col) to be brought near.
 template <class Format>
 LT_INLINE void fetch(const Format& format, std::int64_t row, std::int64_t col) {

@@ -31,16 +31,6 @@ void pack_sliver(const float* x, std::int64_t row_stride, std::int64_t depth_str
   }
 }
 
-// One stretch of a stored row, 32 weights or fewer, in float32.
-template <class Format>
-LT_INLINE void stretch(const Format& format, std::int64_t row, std::int64_t col, std::int64_t count, float* out) {
-  if (count == kBlock) {
-    format.block(row, col, [&](vf v, int i) { store(out + i, v); });
-  } else {
-    format.some(row, col, count, out);
-  }
-}
-
 // Panels whose columns are stored rows: 32 weights of each are decoded side by side, then turned.
 template <class Format>
 void turned_panels(const Format& format, std::int64_t row, int rows, std::int64_t col, std::int64_t depth, float* panels) {
