@@ -234,6 +234,7 @@ def test_other_bases_that_fit_are_named_by_flags_that_go_together(
 ) -> None:
     """share: of what the run takes, program left out. A person who follows the advice must not meet another error."""
     monkeypatch.setattr(planner_module, "available_bytes", lambda: 0)
+    monkeypatch.setattr(planner_module, "rss_bytes", lambda: 0)
     config = settings(broad, tmp_path, changes)
     blueprint = read_blueprint(config, Listener())
     trains_base = config.method == "full"
