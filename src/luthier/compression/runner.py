@@ -41,7 +41,8 @@ def compress(settings: CompressSettings, progress: Progress | None = None) -> Re
 
     The budget is spent over layers, ranks and bits by the loss that each choice is expected to cost; the result is compared
     with the best uniform plan and with plain NF4 where that fits, by loss on text that neither was fitted to, and the best of
-    them is kept. Memory: one model at a time, in 16 bits at most.
+    them is kept. Memory: one model at a time, in 16 bits at most; the process's allocator stays as `keep_small_freed_memory`
+    leaves it.
     Raises PreflightError for a budget that cannot be met, a folder that cannot be written to and a full disk, as far as can be
     known before any weight is read; ConfigError, DataError, and what `load` raises.
     """
